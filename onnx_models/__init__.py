@@ -1,0 +1,1 @@
+"""The two networks of the paper: builders, training, export and published weights."""

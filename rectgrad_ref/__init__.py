@@ -1,0 +1,1 @@
+"""Attribution for any ONNX classifier: RectGrad and its baselines, layer by layer."""
