@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -122,7 +123,7 @@ def _check(weights: Mapping[str, NDArray[np.float32]]) -> None:
             raise ValueError(f"{name} must be float32 {shape}, got {got}")
 
 
-def _node(op_type: str, inputs: list[str], name: str, **attributes: object) -> onnx.NodeProto:
+def _node(op_type: str, inputs: list[str], name: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(op_type, inputs, [name], name=name, **attributes)
 
 

@@ -135,7 +135,7 @@ def train(
     identity = {
         "recipe": asdict(recipe),
         "seeds": seeds,
-        "images": zlib.crc32(np.ascontiguousarray(images)),
+        "images": zlib.crc32(np.ascontiguousarray(images).data),
     }
     losses: list[list[float]] = []
     seconds = 0.0
@@ -284,7 +284,7 @@ def fit(
             model = build({name: stack[member] for name, stack in trained.weights.items()})
             with atomic_write(path) as temporary:
                 onnx.save(model, temporary)
-            record = {
+            record: dict[str, Any] = {
                 "dataset": dataset,
                 "seed": member_seed,
                 "test_accuracy": accuracy(path, test_images, test_labels),
