@@ -13,10 +13,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidImage
+from rectgrad_ref.errors import InvalidImage
+
+from .download import fetch
 
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 FOLDER = "cifar-10-batches-py"
 FOLDER_VARIABLE = "RECTGRAD_CIFAR10"
 
@@ -77,6 +79,8 @@ def load_cifar10(
     ------
     InvalidImage
         The files are absent, or one of them is not the official one.
+    DownloadError
+        The archive cannot be fetched.
 
     References
     ----------
@@ -117,25 +121,14 @@ def _find(folder: str | os.PathLike[str] | None, download: bool) -> Path:
 
 
 def _cache() -> Path:
-    import pooch
+    from .published import cache_folder
 
-    return Path(pooch.os_cache("rectgrad_ref"))
+    return cache_folder()
 
 
 def _download() -> Path:
     """Fetch and unpack the official archive in the user's cache."""
-    import pooch
-
-    try:
-        archive = pooch.retrieve(
-            ARCHIVE_URL,
-            known_hash=f"md5:{ARCHIVE_MD5}",
-            fname=Path(ARCHIVE_URL).name,
-            path=_cache(),
-            progressbar=False,
-        )
-    except (OSError, ValueError) as error:
-        raise InvalidImage(f"cannot download {ARCHIVE_URL}: {error}") from error
+    archive = fetch([ARCHIVE_URL], _cache() / Path(ARCHIVE_URL).name, sha256=ARCHIVE_SHA256)
     with tarfile.open(archive) as tar:
         tar.extractall(_cache(), filter="data")
     return _cache() / FOLDER

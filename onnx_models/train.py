@@ -20,8 +20,9 @@ import onnx
 import typer
 from numpy.typing import NDArray
 
-from ..errors import BackendUnavailable, OutputError, RectGradError
-from ..files import atomic_write
+from rectgrad_ref.errors import BackendUnavailable, OutputError, RectGradError
+from rectgrad_ref.files import atomic_write
+
 from .cifar10 import load_cifar10, occlude
 from .cifar10_cnn import SHAPES, build, network_path
 
@@ -108,6 +109,8 @@ def train(
         (N,).
     seeds
         M seeds of the initial weights, the only random part.
+    device
+        A PyTorch device.
     checkpoint
         File that keeps the state after each epoch. Where it exists, training goes on from there
         and ends with the same weights as an uninterrupted run.
@@ -279,26 +282,28 @@ def fit(
     for seeds in ensembles:
         checkpoint = output / f"{dataset}_{'_'.join(map(str, seeds))}.checkpoint"
         trained = train(images, labels, seeds, device=device, checkpoint=checkpoint)
+        training = {
+            "dataset": dataset,
+            "recipe": asdict(Recipe()),
+            "torch": torch.__version__,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "seconds": round(trained.seconds),
+            "trained_together": len(seeds),
+        }
         for member, member_seed in enumerate(seeds):
             path = output / f"cifar10_cnn_{dataset}_seed{member_seed}.onnx"
             model = build({name: stack[member] for name, stack in trained.weights.items()})
             with atomic_write(path) as temporary:
                 onnx.save(model, temporary)
-            record: dict[str, Any] = {
-                "dataset": dataset,
+            result = {
                 "seed": member_seed,
                 "test_accuracy": accuracy(path, test_images, test_labels),
-                "recipe": asdict(Recipe()),
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "losses": [epoch[member] for epoch in trained.losses],
-                "torch": torch.__version__,
-                "device": device,
-                "threads": torch.get_num_threads(),
-                "seconds": round(trained.seconds),
-                "trained_together": len(seeds),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
-            _write_json(path.with_suffix(".json"), record)
-            logger.info("%s: test accuracy %.2f %%", path.name, 100 * record["test_accuracy"])
+            _write_json(path.with_suffix(".json"), result | training)
+            logger.info("%s: test accuracy %.4f", path.name, result["test_accuracy"])
         checkpoint.unlink()
 
 
