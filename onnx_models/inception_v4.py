@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
-from rectgrad_ref.errors import InvalidModel
-
-if TYPE_CHECKING:
-    import onnx
+from ..errors import InvalidModel
+from .cifar10_cnn import IMAGE_METADATA
 
 StateDict = Mapping[str, NDArray[np.generic]]
 
@@ -244,8 +244,6 @@ def build_model(
     InvalidModel
         A weight is missing, unknown, or of another shape.
     """
-    from onnx import TensorProto, helper, numpy_helper
-
     check_state_dict(state_dict)
     nodes, initializers = [], []
     for step in steps():
@@ -286,22 +284,15 @@ def build_model(
     image.type.denotation = "IMAGE"
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", num_classes])
     graph = helper.make_graph(nodes, "inception_v4", [image], [logits], initializers)
-    # The oldest opset and IR version with these operators in their present form: read everywhere.
+    # As old as the other networks' files, so that old runtimes read the file.
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", 13)],
-        ir_version=7,
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
         producer_name="rectgrad_ref",
         doc_string=doc_string,
     )
-    helper.set_model_props(
-        model,
-        {
-            "Image.BitmapPixelFormat": "Rgb8",
-            "Image.ColorSpaceGamma": "SRGB",
-            "Image.NominalPixelRange": "Normalized_1_1",
-        },
-    )
+    helper.set_model_props(model, IMAGE_METADATA)
     return model
 
 
@@ -327,7 +318,7 @@ def check_state_dict(state_dict: StateDict) -> None:
     """
     given = {name: array.shape for name, array in state_dict.items()}
     given = {name: shape for name, shape in given.items() if "num_batches_tracked" not in name}
-    num_classes = given.get("last_linear.bias", (NUM_CLASSES,))[0]
+    num_classes, *_ = given.get("last_linear.bias") or (NUM_CLASSES,)
     expected = parameter_shapes(num_classes)
     for problem, names in (
         ("missing", expected.keys() - given.keys()),
