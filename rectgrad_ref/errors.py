@@ -29,3 +29,7 @@ class BackendUnavailable(RectGradError, RuntimeError):
 
 class OutputError(RectGradError, OSError):
     """A result cannot be written where it was asked for."""
+
+
+class RectGradWarning(UserWarning):
+    """A method does less than its name promises on this model; the message says where and why."""

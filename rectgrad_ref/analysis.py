@@ -1,0 +1,265 @@
+"""What the graph proves about its nodes and values, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from .graph import Graph, Node
+from .opsets import same_pads
+from .rules import OPERATORS
+from .rules.activation import ACTIVATIONS
+from .rules.registry import NotSamplewise, SampleAxis
+
+_GATES = {"Sigmoid", "HardSigmoid", "Softmax"}
+# What a gate's value may pass before it multiplies another one.
+_CARRIERS = {
+    "Reshape", "Expand", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Cast", "Transpose",
+    "Dropout", "Slice", "Split", "Tile", "Add", "Resize",
+}  # fmt: skip
+_NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softplus", "Softmax", "Exp", "Abs"}
+_KEEPS_SIGN = {
+    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Dropout", "Identity",
+    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "Add",
+    "Mul", "Max", "Min", "Expand", "Tile", "Sum", "Mean", "Sqrt", "Relu",
+}  # fmt: skip
+
+
+def path(graph: Graph) -> tuple[Node, ...]:
+    """The nodes through which a gradient flows from the logits to the input, in graph order."""
+    reached = {graph.input}
+    for node in graph.nodes:
+        if reached.intersection(node.inputs):
+            reached.update(v for v in node.outputs if v and graph.is_float(v))
+    needed = {graph.logits}
+    nodes = []
+    for node in reversed(graph.nodes):
+        if needed.intersection(node.outputs) and reached.intersection(node.outputs):
+            needed.update(v for v in node.inputs if v in reached)
+            nodes.append(node)
+    return tuple(reversed(nodes))
+
+
+def differentiated(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[int, ...]]:
+    """Node name → the positions of its inputs that receive a gradient."""
+    flowing = {graph.input}
+    for node in nodes:
+        flowing.update(v for v in node.outputs if v and graph.is_float(v))
+    return {
+        node.name: tuple(i for i, value in enumerate(node.inputs) if value in flowing)
+        for node in nodes
+    }
+
+
+def activations(graph: Graph) -> frozenset[str]:
+    """Names of the activations on the path: what RectGrad thresholds (SPEC section 2).
+
+    Not among them: a Clip that is no ReLU-N, and a Sigmoid that gates or weights another value.
+    """
+    found = set()
+    for node in path(graph):
+        if node.op not in ACTIVATIONS:
+            continue
+        if node.op == "Clip" and not _is_relu_n(node):
+            continue
+        if node.op in _GATES and _gates(graph, node.outputs[0]):
+            continue
+        found.add(node.name)
+    return frozenset(found)
+
+
+def _is_relu_n(node: Node) -> bool:
+    low, high = (*node.constants, None, None)[1:3]
+    return (
+        low is not None and low.size == 1 and low.item() == 0 and (high is None or high.item() > 0)
+    )
+
+
+def _gates(graph: Graph, value: str) -> bool:
+    """Whether the value multiplies another one, directly or carried by shape operators."""
+    for node in graph.consumers.get(value, ()):
+        others = [v for v in node.inputs if v and v != value and v not in graph.constants]
+        if node.op in ("Mul", "MatMul", "Einsum") and others:
+            return True
+        carries = node.op in _CARRIERS and (node.op != "Add" or not others)
+        if carries and any(_gates(graph, v) for v in node.outputs if v):
+            return True
+    return False
+
+
+def last_activations(graph: Graph) -> frozenset[str]:
+    """Activations from which the logits are reached without passing another one."""
+    layers = activations(graph)
+    open_values, found = {graph.logits}, set()
+    for node in reversed(path(graph)):
+        if not open_values.intersection(node.outputs):
+            continue
+        if node.name in layers:
+            found.add(node.name)
+        else:
+            open_values.update(node.inputs)
+    return frozenset(found)
+
+
+def non_negative(graph: Graph) -> frozenset[str]:
+    """Values that cannot be below zero, whatever the image."""
+    known = {
+        name for name, value in graph.constants.items() if value.size <= 1 and _min(value) >= 0
+    }
+    for node in graph.nodes:
+        if _stays_non_negative(node, known):
+            known.update(node.outputs)
+    return frozenset(known)
+
+
+def _stays_non_negative(node: Node, known: set[str]) -> bool:
+    if node.op in _NON_NEGATIVE:
+        return True
+    if node.op == "Clip":
+        return _clips_at(node) >= 0
+    if node.op == "ThresholdedRelu":
+        return bool(node["alpha"] >= 0)
+    if node.op == "Pad":
+        return node.inputs[0] in known and _pads_with(node) >= 0
+    inputs = [v for v in node.inputs if v][: _data_inputs(node)]
+    return node.op in _KEEPS_SIGN and all(v in known for v in inputs)
+
+
+def _data_inputs(node: Node) -> int:
+    """How many leading inputs are data; the rest are shapes, axes or indices."""
+    variadic = {"Concat", "Add", "Mul", "Max", "Min", "Sum", "Mean"}
+    return len(node.inputs) if node.op in variadic else 1
+
+
+def _min(value: np.ndarray) -> float:
+    return float(value.min()) if value.size and value.dtype.kind in "fiu" else -np.inf
+
+
+def _clips_at(node: Node) -> float:
+    low = (*node.constants, None)[1]
+    return -np.inf if low is None else float(low.item())
+
+
+def _pads_with(node: Node) -> float:
+    value = (*node.constants, None, None)[2]
+    return 0.0 if value is None else float(value.item())
+
+
+def pads_input(graph: Graph, node: Node) -> bool:
+    """Whether the convolution is padded: its own pads, or a zero Pad node that feeds only it."""
+    if any(node["pads"]):
+        return True
+    feeding = graph.producer.get(node.inputs[0])
+    return (
+        feeding is not None
+        and feeding.op == "Pad"
+        and feeding["mode"] == "constant"
+        and _pads_with(feeding) == 0
+        and feeding.constants[1] is not None
+        and bool(np.any(feeding.constants[1]))
+        and len(graph.consumers[node.inputs[0]]) == 1
+    )
+
+
+def sample_axes(graph: Graph) -> dict[str, SampleAxis]:
+    """Value name → the axis along which the samples lie, for every value where that is proven.
+
+    Constants are not listed. The proof goes node by node: `batch` in the operator table.
+    """
+    axes: dict[str, SampleAxis] = {graph.input: 0}
+    for node in graph.nodes:
+        known = OPERATORS.get(node.op)
+        if known is None or known.batch is None:
+            continue
+        if any(v and v not in axes and v not in graph.constants for v in node.inputs):
+            continue
+        axis = _try(node, tuple(axes.get(v) for v in node.inputs))
+        if axis is None:
+            # A constant that repeats one sample's values may stand along the sample axis.
+            axis = _try(node, tuple(_axis(graph, axes, v) for v in node.inputs))
+        if axis is not None:
+            axes.update(dict.fromkeys(node.outputs, axis))
+    return axes
+
+
+def _try(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
+    known = OPERATORS[node.op].batch
+    assert known is not None
+    try:
+        return known(node, axes)
+    except NotSamplewise:
+        return None
+
+
+def _axis(graph: Graph, axes: dict[str, SampleAxis], value: str) -> SampleAxis:
+    if value in axes:
+        return axes[value]
+    constant = graph.constants.get(value)
+    repeats = (
+        constant is not None
+        and constant.ndim > 0
+        and constant.shape[0] == graph.batch
+        and bool(np.all(constant == constant[:1]))
+    )
+    return 0 if repeats else None
+
+
+def is_samplewise(graph: Graph) -> bool:
+    """Whether a batch provably explains every sample as if it were alone.
+
+    Every value on the path must carry the samples on a known axis; activations and logits on
+    axis 0.
+    """
+    axes = sample_axes(graph)
+    layers = activations(graph)
+    for node in path(graph):
+        if any(axes.get(v) is None for v in node.outputs if graph.is_float(v)):
+            return False
+        if node.name in layers and axes[node.outputs[0]] != 0:
+            return False
+    return axes.get(graph.logits) == 0
+
+
+def is_tensorflow_same(graph: Graph, node: Node) -> bool:
+    """Whether TensorFlow would call the convolution SAME (SPEC section 3).
+
+    Its output is ⌈input/stride⌉ on every axis and its padding, its own or that of a zero Pad node
+    before it, is TensorFlow's for that size. A 1×1 convolution is SAME as well as VALID; a kernel
+    equal to a stride above 1, which needs no padding where it fits, is not.
+    """
+    shape, after = node.input_shapes[0], node.output_shapes[0]
+    spatial, pads = shape[2:], np.array(node["pads"])
+    feeding = graph.producer.get(node.inputs[0])
+    if feeding is not None and feeding.op == "Pad" and pads_input(graph, node) and not pads.any():
+        assert feeding.constants[1] is not None
+        rank = len(feeding.input_shapes[0])
+        spatial = feeding.input_shapes[0][2:]
+        pads = feeding.constants[1].reshape(2, rank)[:, 2:].ravel()
+    if any(k == s > 1 for k, s in zip(node["kernel_shape"], node["strides"], strict=True)):
+        return False
+    sizes = [-(-n // s) for n, s in zip(spatial, node["strides"], strict=True)]
+    return list(after[2:]) == sizes and tuple(pads) == same_pads(spatial, node.attributes)
+
+
+# Maps that are linear in the values that a gradient flows through, or select among them.
+_LINEAR = {
+    "Conv", "ConvTranspose", "Gemm", "BatchNormalization", "Add", "Sub", "Sum", "Mean", "Neg",
+    "AveragePool", "GlobalAveragePool", "MaxPool", "Concat", "Split", "Slice", "Gather", "Pad",
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Identity",
+    "Dropout", "Cast", "ReduceMean", "ReduceSum",
+}  # fmt: skip
+
+
+def note_plain_gradient(label: str, graph: Graph) -> list[str]:
+    """At which nonlinear nodes a method with rules for activations only uses the gradient."""
+    nodes, layers = path(graph), activations(graph)
+    positions = differentiated(graph, nodes)
+    plain = [
+        str(node)
+        for node in nodes
+        if node.name not in layers
+        and node.op not in _LINEAR
+        and not (node.op in ("Mul", "Div", "MatMul") and len(positions[node.name]) == 1)
+    ]
+    return [f"{label}: the gradient is used at {', '.join(plain)}"] if plain else []

@@ -1,0 +1,191 @@
+"""The result: a map per image, and everything needed to reproduce it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import OutputError
+from .files import atomic_write
+from .methods import Method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One activation in a layer-wise trace, samples along axis 0.
+
+    Attributes
+    ----------
+    a : numpy.ndarray
+        Output of the activation, (N, C, …) or (N, C).
+    R_out, R_in : numpy.ndarray
+        The gradient that arrives at `a`, and the one that leaves through the pre-activation.
+    tau : numpy.ndarray of float64, or None
+        Thresholds: (N,), (N, C) or (1,) by scope. None for methods without.
+    mask : numpy.ndarray of bool, or None
+        Units that pass.
+    """
+
+    a: np.ndarray
+    R_out: np.ndarray
+    R_in: np.ndarray
+    tau: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Attribution maps of one method for N images.
+
+    Attributes
+    ----------
+    values : numpy.ndarray
+        Exactly the shape and axis order of the model's input, in the compute dtype.
+    inputs : numpy.ndarray
+        What the model saw, same shape.
+    logits : numpy.ndarray, shape (N, classes)
+    target : numpy.ndarray of int, shape (N,)
+    method : Method
+        With all its conventions.
+    layout : str
+        ``"NCHW"`` or ``"NHWC"``; other axis orders need ``layout=`` in `heatmap`.
+    environment : dict
+        Model name and SHA-256, backend, versions.
+    class_names : sequence of str or None
+    pictures : numpy.ndarray or None, shape (N, H, W, 3)
+        RGB uint8, pixel by pixel what the model saw.
+    notes : tuple of str
+        What was said about this method on this model.
+    completeness_gap : numpy.ndarray or None, shape (N,)
+        Σ values − (S(x) − S(x₀)), for methods with a baseline x₀.
+    """
+
+    values: np.ndarray
+    inputs: np.ndarray
+    logits: np.ndarray
+    target: np.ndarray
+    method: Method
+    layout: str | None
+    environment: dict[str, Any]
+    class_names: Sequence[str] | None = None
+    pictures: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    completeness_gap: np.ndarray | None = None
+    trace: Mapping[str, Layer] | None = field(default=None, repr=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def heatmap(self, layout: str | None = None) -> np.ndarray:
+        """The sum over colour channels (paper F.1).
+
+        Parameters
+        ----------
+        layout : str, optional
+            Axis order of the input such as ``"NCHW"``, where it could not be inferred.
+
+        Returns
+        -------
+        numpy.ndarray, shape (N, H, W)
+
+        Raises
+        ------
+        ValueError
+            The channel axis is not known.
+        """
+        order = layout or self.layout
+        if order is None or len(order) != self.values.ndim or "C" not in order:
+            raise ValueError(
+                f"which axis of {self.values.shape} is the channel axis? Pass layout='NCHW' or "
+                "similar"
+            )
+        return np.asarray(self.values.sum(axis=order.index("C")))
+
+    def layers(self) -> Mapping[str, Layer]:
+        """The layer-wise trace: value name of each activation → `Layer`, from input to logits.
+
+        Raises
+        ------
+        ValueError
+            The explanation was made without ``trace=True``.
+        """
+        if self.trace is None:
+            raise ValueError("there is no layer-wise trace; explain with trace=True")
+        return self.trace
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number."""
+        return self.class_names[index] if self.class_names else str(index)
+
+    def plot(self, **options: Any) -> Figure:
+        """The pictures with their maps beside them; see `picture.side_by_side`."""
+        from . import picture
+
+        return picture.side_by_side([self], **options)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a picture (.png, .pdf, .svg) or the arrays (.npz).
+
+        The ``.npz`` has ``values``, ``inputs``, ``logits``, ``target``, the trace if there is one
+        (``layers/<value name>/a`` …), and ``provenance``, a JSON text with the method's
+        conventions and the environment.
+
+        Raises
+        ------
+        OutputError
+            Another suffix, or a folder that cannot be written to. Nothing is left half-written.
+        """
+        destination = Path(path)
+        if destination.suffix == ".npz":
+            with atomic_write(destination) as temporary:
+                np.savez_compressed(temporary, allow_pickle=False, **self._arrays())
+        elif destination.suffix in (".png", ".pdf", ".svg"):
+            from . import picture
+
+            picture.save(self.plot(), destination)
+        else:
+            raise OutputError(
+                f"cannot write {destination}: choose one of .npz, .png, .pdf and .svg"
+            )
+        return destination
+
+    def provenance(self) -> dict[str, Any]:
+        """Method, conventions and environment as plain data."""
+        return {
+            "method": self.method.id,
+            "options": {k: _plain(v) for k, v in self.method.options().items()},
+            "target": self.target.tolist(),
+            "layout": self.layout,
+            "notes": list(self.notes),
+            **self.environment,
+        }
+
+    def _arrays(self) -> dict[str, Any]:
+        arrays: dict[str, Any] = {
+            "values": self.values,
+            "inputs": self.inputs,
+            "logits": self.logits,
+            "target": self.target,
+            "provenance": np.array(json.dumps(self.provenance())),
+        }
+        for name, layer in (self.trace or {}).items():
+            for key, value in vars(layer).items():
+                if value is not None:
+                    arrays[f"layers/{name}/{key}"] = value
+        return arrays
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value

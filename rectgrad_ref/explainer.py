@@ -1,0 +1,572 @@
+"""Model + image + method → attribution: the front door."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+
+from . import analysis
+from .attribution import Attribution, Layer
+from .errors import InvalidModel, InvalidTarget, RectGradWarning
+from .executors import Backend, make_backend
+from .graph import Graph, InputSpec, freeze, input_spec, output_name
+from .images import Layout, PreprocessLike, infer_layout, prepare
+from .labels import class_names
+from .methods import METHODS, Method, make_method
+from .model import Model, ModelSource, read_model
+from .plan import Plan, Step, make_plan
+from .reference import NOTHING, Observer, constants_as
+from .rules.declared import Rectify, Values
+
+# Activations, gradients and temporaries of one chunk may together take about this much.
+_CHUNK_BYTES = 2**30
+_LAYOUT_AXES = 4
+
+Targets = int | str | Sequence[int | str] | np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A plan at one input shape, with the constants that it reads in the compute dtype."""
+
+    graph: Graph
+    plan: Plan
+    constants: Values
+
+
+class Explainer:
+    """A loaded model that explains many images.
+
+    Parameters
+    ----------
+    onnx_path : path, bytes or onnx.ModelProto
+    backend : str
+        ``"auto"``, ``"cpu"`` (onnxruntime forward, float32) or ``"reference"`` (NumPy throughout).
+    dtype : dtype, optional
+        float64 or float32 on the reference backend; float64 is its default.
+    input, output : str, optional
+        Names of the image input and of the class scores, where the model has several.
+    preprocess : optional
+        How pictures become inputs: see `rectgrad_ref.images.resolve_preprocess`.
+    labels : path or sequence of str, optional
+        Class names: see `rectgrad_ref.labels.class_names`.
+    layout : str, optional
+        ``"NCHW"`` or ``"NHWC"`` where the input's shape does not tell.
+    threads : int, optional
+        Of onnxruntime's forward pass.
+    batch_size : int, optional
+        Samples per forward pass; by default as many as take about one gigabyte.
+
+    Raises
+    ------
+    InvalidModel
+        The file cannot be read as an ONNX classifier.
+    BackendUnavailable
+        The backend is not installed.
+    """
+
+    def __init__(
+        self,
+        onnx_path: ModelSource,
+        *,
+        backend: str = "auto",
+        dtype: Any = None,
+        input: str | None = None,
+        output: str | None = None,
+        preprocess: PreprocessLike | None = None,
+        labels: Any = None,
+        layout: Layout | None = None,
+        threads: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model: Model = read_model(onnx_path)
+        self.input: InputSpec = input_spec(self.model, input)
+        self._output = output_name(self.model, output)
+        self._preprocess, self._labels, self._layout = preprocess, labels, layout
+        self._batch_size = batch_size
+        self._graphs: dict[tuple[int, ...], Graph] = {}
+        self._plans: dict[tuple[tuple[int, ...], Method], _Prepared] = {}
+        fixed = self.input.shape[0]
+        self._batchable = (fixed is None or fixed == 1) and self._proves_samples()
+        self.backend: Backend = make_backend(
+            backend,
+            self.model,
+            self.input.name,
+            rebatch=fixed is not None and self._batchable,
+            dtype=dtype,
+            threads=threads,
+        )
+
+    def explain(
+        self,
+        image: Any,
+        *,
+        method: str | Method = "rectgrad",
+        target: Targets = None,
+        preset: str = "default",
+        preprocess: PreprocessLike | None = None,
+        trace: bool = False,
+        keys: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Attribution:
+        """Explain one image or a batch.
+
+        Parameters
+        ----------
+        image : path, PIL image, numpy.ndarray, or a list of them
+            A picture; or an array, already preprocessed, of the model input's shape and axis order.
+        method : str or Method
+            An id of `methods()`, or a method with its conventions.
+        target : int, str or sequence, optional
+            Class index or name, one or one per sample; by default the largest logit of each sample.
+        preset : str
+            ``"default"``, ``"paper"`` or ``"authors"``.
+        preprocess : optional
+            As in the constructor, for this call.
+        trace : bool
+            Keep the layer-wise trace (`Attribution.layers`).
+        keys : sequence of int, optional
+            Identity of each sample for methods with noise; by default its position in the call.
+        **options
+            Fields of the method, such as ``q=98.0``.
+
+        Raises
+        ------
+        InvalidImage, InvalidTarget
+            The image does not fit the model, or has no such class.
+        TypeError, ValueError
+            An option that the method does not have, or a value out of range.
+        UnsupportedOperator
+            A node on the path from the input to the logits has no rule.
+        """
+        chosen = make_method(method, preset, **options)
+        if trace and chosen.passes != 1:
+            raise ValueError(f"{chosen.id} takes {chosen.passes} passes; a trace needs one")
+        prepared = prepare(
+            image,
+            self.input.shape,
+            self.input.dtype,
+            layout=self._layout,
+            preprocess=self._preprocess if preprocess is None else preprocess,
+            metadata=self.model.metadata,
+            model_path=self.model.path,
+        )
+        x = prepared.array.astype(self.backend.forward.dtype, copy=False)
+        run = _Run(self, x, chosen, np.arange(len(x)) if keys is None else np.asarray(keys), target)
+        for note in run.notes:
+            warnings.warn(note, RectGradWarning, stacklevel=2)
+        values, layers = run.attribute(trace)
+        return Attribution(
+            values=values,
+            inputs=x,
+            logits=run.logits,
+            target=run.target,
+            method=chosen,
+            layout=self.layout,
+            environment=self.environment,
+            class_names=run.names,
+            pictures=prepared.pictures,
+            notes=tuple(run.notes),
+            completeness_gap=run.gap(values),
+            trace=layers,
+        )
+
+    __call__ = explain
+
+    def plan(
+        self, method: str | Method = "rectgrad", *, preset: str = "default", **options: Any
+    ) -> PlanListing:
+        """What an explanation will do: one row a backward step; `print` shows a table.
+
+        Symbolic spatial extents need an input: explain one, or fix them in the file.
+        """
+        chosen = make_method(method, preset, **options)
+        prepared = self._prepare(self._example_shape(), chosen)
+        return PlanListing(prepared.plan, self.backend, tuple(chosen.notes(prepared.graph)))
+
+    @property
+    def graph(self) -> Graph:
+        """The frozen graph for one image."""
+        return self._graph(self._example_shape())
+
+    @property
+    def layout(self) -> Layout | None:
+        """The input's axis order, or None where its shape does not tell."""
+        if self._layout is not None or len(self.input.shape) != _LAYOUT_AXES:
+            return self._layout
+        try:
+            return infer_layout(self.input.shape)
+        except ValueError:
+            return None
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What it takes to reproduce a result."""
+        from . import __version__
+
+        return {
+            "model": self.model.name,
+            "sha256": self.model.sha256,
+            "backend": self.backend.name,
+            "forward": self.backend.forward.description,
+            "dtype": self.backend.forward.dtype.name,
+            "versions": {
+                "rectgrad_ref": __version__,
+                "numpy": np.__version__,
+                "onnx": onnx.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def class_names(self, count: int) -> tuple[str, ...] | None:
+        """Class names from the label file or the model's metadata."""
+        return class_names(count, self._labels, metadata=self.model.metadata)
+
+    def chunk(self, prepared: _Prepared) -> int:
+        """Samples per forward pass."""
+        if not self._batchable:
+            return self.input.shape[0] or 1
+        if self._batch_size is not None:
+            return self._batch_size
+        graph = prepared.graph
+        shapes = (graph.shapes[v] for v in prepared.plan.exposes)
+        units = sum(int(np.prod(shape)) for shape in shapes if shape is not None) / graph.batch
+        bytes_per_sample = units * self.backend.forward.dtype.itemsize * 4
+        return max(1, int(_CHUNK_BYTES / max(bytes_per_sample, 1)))
+
+    def _prepare(self, shape: tuple[int, ...], method: Method) -> _Prepared:
+        key = (shape, method)
+        if key not in self._plans:
+            graph = self._graph(shape)
+            plan = make_plan(graph, method.rules(graph))
+            read = {v for step in plan.steps for v in step.reads} & graph.constants.keys()
+            constants = constants_as(
+                {name: graph.constants[name] for name in read}, self.backend.forward.dtype
+            )
+            self._plans[key] = _Prepared(graph, plan, constants)
+        return self._plans[key]
+
+    def _graph(self, shape: tuple[int, ...]) -> Graph:
+        if shape not in self._graphs:
+            self._graphs[shape] = freeze(
+                self.model, shape, input=self.input.name, output=self._output
+            )
+        return self._graphs[shape]
+
+    def _example_shape(self, batch: int = 1) -> tuple[int, ...]:
+        declared = self.input.shape
+        if None in declared[1:]:
+            known = next(iter(self._graphs), None)
+            if known is None:
+                raise InvalidModel(
+                    f"{self.model.name}: the input's extents {declared} are symbolic; explain an "
+                    "image first"
+                )
+            return (batch, *known[1:])
+        return (batch, *(n for n in declared[1:] if n is not None))
+
+    def _proves_samples(self) -> bool:
+        """Whether a batch of two provably gives each sample what it would get alone."""
+        declared = self.input.shape
+        # Symbolic spatial extents: any will do to see where the sample axis goes.
+        shape = (2, *(224 if n is None else n for n in declared[1:]))
+        try:
+            return analysis.is_samplewise(self._graph(shape))
+        except InvalidModel:
+            return False
+
+
+class _Run:
+    """One call of `Explainer.explain`: everything about these images and this method."""
+
+    def __init__(
+        self, explainer: Explainer, x: np.ndarray, method: Method, keys: np.ndarray, target: Targets
+    ) -> None:
+        self.explainer, self.x, self.method, self.keys = explainer, x, method, keys
+        self.forward = explainer.backend.forward
+        first = self._prepared(1)
+        self.chunk = explainer.chunk(first)
+        self.notes = method.notes(self._prepared(min(self.chunk, max(len(x), 1))).graph)
+        self.names = explainer.class_names(first.graph.classes)
+        if method.whole_batch and len(x) > self.chunk and method.passes == 1:
+            raise ValueError(
+                f"{method.id}: this convention is over the whole batch, but {len(x)} samples do "
+                f"not fit one pass of {self.chunk}; give fewer, or another scope"
+            )
+        self._given = _targets(target, len(x), first.graph.classes, self.names)
+        single = method.passes == 1
+        self.logits = np.zeros((0, first.graph.classes)) if single else self._scores(x)
+        self.target = self._choose(self.logits, slice(None))
+
+    def attribute(self, trace: bool) -> tuple[np.ndarray, Mapping[str, Layer] | None]:
+        """The maps, and the layer-wise trace if asked for."""
+        traces: list[dict[str, Layer]] = []
+        if self.method.passes == 1:
+            R = self._one_pass(traces if trace else None)
+        else:
+            R = self._many_passes()
+        values = self.method.finish(self.x, R, self.keys)
+        return np.ascontiguousarray(values), _joined(traces) if trace else None
+
+    def gap(self, values: np.ndarray) -> np.ndarray | None:
+        """Σ values − (S(x) − S(x₀))."""
+        baseline = self.method.reference_input(self.x)
+        if baseline is None:
+            return None
+        there = self._scores(baseline)
+        rows = np.arange(len(self.x))
+        difference = self.logits[rows, self.target] - there[rows, self.target]
+        return np.asarray(values.reshape(len(self.x), -1).sum(axis=1) - difference)
+
+    def _one_pass(self, traces: list[dict[str, Layer]] | None) -> np.ndarray:
+        """Target and gradient from the same forward pass."""
+        logits, gradients = [], []
+        for rows in self._chunks(len(self.x)):
+            layers: dict[str, Layer] | None = None if traces is None else {}
+            scores, R = self._gradient(self.x[rows], None, rows, layers)
+            logits.append(scores)
+            gradients.append(R)
+            if traces is not None and layers is not None:
+                traces.append(layers)
+        if logits:
+            self.logits = np.concatenate(logits)
+            self.target = self._choose(self.logits, slice(None))
+        return np.concatenate(gradients) if gradients else np.zeros_like(self.x)
+
+    def _many_passes(self) -> np.ndarray:
+        """Σₖ weight(k) · gradient at point(k), several points to a forward pass."""
+        total = np.zeros_like(self.x)
+        together = max(1, self.chunk // max(len(self.x), 1))
+        for start in range(0, self.method.passes, together):
+            ks = range(start, min(start + together, self.method.passes))
+            points = np.concatenate([self.method.point(self.x, k, self.keys) for k in ks])
+            owner = np.tile(np.arange(len(self.x)), len(ks))
+            parts = [
+                self._gradient(points[rows], self.target[owner[rows]], rows)[1]
+                for rows in self._chunks(len(points))
+            ]
+            R = np.concatenate(parts).reshape(len(ks), *self.x.shape)
+            for k, part in zip(ks, R, strict=True):
+                total += self.x.dtype.type(self.method.weight(k)) * part
+        return total
+
+    def _gradient(
+        self,
+        x: np.ndarray,
+        target: np.ndarray | None,
+        rows: slice,
+        layers: dict[str, Layer] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (n, classes) and R at the input, for one chunk."""
+        prepared = self._prepared(len(x))
+        graph, plan = prepared.graph, prepared.plan
+        values = self.forward(graph, x, (graph.logits, *plan.exposes))
+        shaped = values[graph.logits]
+        scores = shaped.reshape(len(x), -1)
+        chosen = self._choose(scores, rows) if target is None else target
+        baseline: Values = NOTHING
+        if plan.contrasts:
+            there = self.method.reference_input(x)
+            assert there is not None
+            baseline = {**prepared.constants, **self.forward(graph, there, plan.exposes)}
+        R = self.explainer.backend.walk(
+            plan,
+            {**prepared.constants, **values},
+            _seed(scores, chosen, self.method.output_seed).reshape(shaped.shape),
+            baseline=baseline,
+            observe=None if layers is None else _recorder(layers, values, graph.batch),
+        )
+        return scores, R
+
+    def _scores(self, x: np.ndarray) -> np.ndarray:
+        parts = []
+        for rows in self._chunks(len(x)):
+            graph = self._prepared(len(x[rows])).graph
+            parts.append(self.forward(graph, x[rows], (graph.logits,))[graph.logits])
+        classes = self._prepared(1).graph.classes
+        return np.concatenate([p.reshape(-1, classes) for p in parts] or [np.zeros((0, classes))])
+
+    def _prepared(self, batch: int) -> _Prepared:
+        return self.explainer._prepare((batch, *self.x.shape[1:]), self.method)
+
+    def _chunks(self, n: int) -> Iterator[slice]:
+        for start in range(0, n, self.chunk):
+            yield slice(start, min(start + self.chunk, n))
+
+    def _choose(self, scores: np.ndarray, rows: slice) -> np.ndarray:
+        if self._given is not None:
+            return self._given[rows]
+        return scores.argmax(axis=1) if len(scores) else np.zeros(0, np.int64)
+
+
+def _seed(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
+    """What enters at the logits (SPEC section 1)."""
+    rows = np.arange(len(scores))
+    seed = np.zeros_like(scores)
+    if kind == "softmax":
+        e = np.exp(scores - scores.max(axis=1, keepdims=True))
+        probability = e / e.sum(axis=1, keepdims=True)
+        chosen = probability[rows, target][:, None]
+        seed = -chosen * probability
+        seed[rows, target] += chosen[:, 0]
+        return seed
+    seed[rows, target] = scores[rows, target] if kind == "logit" else 1
+    return seed
+
+
+def _targets(
+    target: Targets, samples: int, classes: int, names: Sequence[str] | None
+) -> np.ndarray | None:
+    if target is None:
+        return None
+    one = isinstance(target, (int, str, np.integer))
+    items = [target] * samples if one else list(target)  # type: ignore[arg-type]
+    if len(items) != samples:
+        raise InvalidTarget(f"{len(items)} targets for {samples} samples")
+    return np.array([_class_index(item, classes, names) for item in items], np.int64)
+
+
+def _class_index(item: Any, classes: int, names: Sequence[str] | None) -> int:
+    if isinstance(item, str):
+        if names is None or item not in names:
+            known = "the model has no class names" if names is None else f"as in {names[0]!r}"
+            raise InvalidTarget(f"unknown class {item!r} ({known}); give its index")
+        return names.index(item)
+    if isinstance(item, (bool, np.bool_)) or not isinstance(item, (int, np.integer)):
+        raise InvalidTarget(f"a target must be a class index or name, got {item!r}")
+    if not 0 <= item < classes:
+        raise InvalidTarget(
+            f"class {item} does not exist; the model has classes 0 to {classes - 1}"
+        )
+    return int(item)
+
+
+def _recorder(layers: dict[str, Layer], values: Values, samples: int) -> Observer:
+    """An observer that fills `layers`, from the logits back."""
+
+    def observe(step: Step, R_out: np.ndarray, R_in: np.ndarray) -> None:
+        name = step.node.outputs[0]
+        a = values[name]
+        tau = mask = None
+        if isinstance(step.rule, Rectify):
+            mask, tau = step.rule.select(a, R_out, samples)
+        layers[name] = Layer(a, R_out, R_in, tau, mask)
+
+    return observe
+
+
+def _joined(traces: list[dict[str, Layer]]) -> dict[str, Layer]:
+    """Chunks put together, from the input to the logits."""
+    if not traces:
+        return {}
+    result = {}
+    for name in reversed(traces[0]):
+        parts = [trace[name] for trace in traces]
+        a, R_out, R_in = (
+            np.concatenate([getattr(part, key) for part in parts]) for key in ("a", "R_out", "R_in")
+        )
+        tau, mask = (
+            _joined_optional([getattr(part, key) for part in parts]) for key in ("tau", "mask")
+        )
+        result[name] = Layer(a, R_out, R_in, tau, mask)
+    return result
+
+
+def _joined_optional(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
+
+
+@dataclass(frozen=True, eq=False)
+class PlanListing:
+    """A plan to look at: iterate over its rows, or print it.
+
+    Attributes
+    ----------
+    plan : Plan
+    backend : Backend
+    notes : tuple of str
+        What the method warns of on this model.
+    """
+
+    plan: Plan
+    backend: Backend
+    notes: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a backward step, from the logits to the input."""
+        return [
+            {
+                "node": step.node.name,
+                "op": step.node.op,
+                "rule": str(step.rule),
+                "reads": list(step.reads),
+                "writes": list(step.writes),
+                "backend": self.backend.runs_as(step),
+            }
+            for step in self.plan.steps
+        ]
+
+    def __str__(self) -> str:
+        rows = [(r["op"], r["node"], r["rule"], r["backend"]) for r in self.rows()]
+        table = [("op", "node", "rule", "backend"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
+        return "\n".join(line.rstrip() for line in (*lines, *self.notes))
+
+
+def explain(
+    onnx_path: ModelSource,
+    image: Any,
+    *,
+    method: str | Method = "rectgrad",
+    target: Targets = None,
+    preset: str = "default",
+    preprocess: PreprocessLike | None = None,
+    backend: str = "auto",
+    dtype: Any = None,
+    trace: bool = False,
+    input: str | None = None,
+    output: str | None = None,
+    labels: Any = None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> Attribution:
+    """Explain a class score of an ONNX classifier.
+
+    Parameters and errors are those of `Explainer` and `Explainer.explain`. An `Explainer` keeps the
+    loaded model for many calls.
+
+    Returns
+    -------
+    Attribution
+
+    Examples
+    --------
+    >>> explain("model.onnx", "cat.jpg", preprocess="imagenet").save("cat.png")  # doctest: +SKIP
+    """
+    loaded = Explainer(
+        onnx_path,
+        backend=backend,
+        dtype=dtype,
+        input=input,
+        output=output,
+        preprocess=preprocess,
+        labels=labels,
+        layout=layout,
+    )
+    return loaded.explain(
+        image, method=method, target=target, preset=preset, trace=trace, **options
+    )
+
+
+def methods() -> dict[str, str]:
+    """Ids of all methods, with what each is."""
+    return {name: (cls.__doc__ or "").partition("\n")[0] for name, cls in METHODS.items()}

@@ -1,0 +1,215 @@
+"""The forward pass: x → the logits and exactly the values that a plan reads.
+
+Two programs do it: NumPy, in float64 or float32, node by node through the operator table; and
+onnxruntime, which runs the user's own model with those values as additional outputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from .errors import BackendUnavailable, InvalidModel, UnsupportedOperator
+from .graph import Graph, Node, input_spec
+from .model import Model
+from .rules import OPERATORS
+
+
+class Forward(Protocol):
+    """Anything that computes named values of a model."""
+
+    dtype: np.dtype[Any]
+    description: str
+
+    def __call__(self, graph: Graph, x: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The values called `names`, for inputs of the graph's own batch size."""
+        ...
+
+
+class NumpyForward:
+    """The operator table, node by node.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        float64 or float32, of every floating-point value.
+    """
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self.description = f"NumPy {self.dtype.name}"
+
+    def __call__(self, graph: Graph, x: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        needed = _ancestors(graph, names)
+        readers = Counter(v for node in needed for v in node.inputs)
+        readers.update(names)
+        values: dict[str, np.ndarray] = {graph.input: self._typed(x)}
+        for node in needed:
+            arguments = [self._read(graph, values, v) if v else None for v in node.inputs]
+            result = _forward_of(graph, node)(node, *arguments)
+            outputs = result if isinstance(result, tuple) else (result,)
+            values.update(zip(node.outputs, map(self._typed, outputs), strict=False))
+            for value in node.inputs:
+                readers[value] -= 1
+                if not readers[value]:
+                    values.pop(value, None)
+        return {name: self._read(graph, values, name) for name in names}
+
+    def _read(self, graph: Graph, values: dict[str, np.ndarray], name: str) -> np.ndarray:
+        return values[name] if name in values else self._typed(graph.constants[name])
+
+    def _typed(self, value: np.ndarray) -> np.ndarray:
+        is_float = np.issubdtype(value.dtype, np.floating)
+        return value.astype(self.dtype, copy=False) if is_float else value
+
+
+def _ancestors(graph: Graph, names: Sequence[str]) -> list[Node]:
+    """The nodes that `names` depend on, in graph order."""
+    wanted = set(names)
+    nodes = []
+    for node in reversed(graph.nodes):
+        if wanted.intersection(node.outputs):
+            wanted.update(node.inputs)
+            nodes.append(node)
+    return nodes[::-1]
+
+
+def _forward_of(graph: Graph, node: Node) -> Any:
+    if node.op not in OPERATORS:
+        raise UnsupportedOperator(
+            f"{node} ({graph.model.name}): the reference backend has no forward rule for it"
+        )
+    return OPERATORS[node.op].forward
+
+
+class OnnxruntimeForward:
+    """The user's model in onnxruntime, in float32, one session for each set of exposed values.
+
+    Parameters
+    ----------
+    model : Model
+    input : str
+        Name of the image input.
+    rebatch : bool
+        Whether to make the declared batch extent symbolic.
+    providers : sequence of str
+        onnxruntime's execution providers, in order of preference.
+    threads : int or None
+        Intra-op threads; None leaves the choice to onnxruntime.
+
+    Raises
+    ------
+    BackendUnavailable
+        onnxruntime or a provider is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        input: str,
+        *,
+        rebatch: bool,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ) -> None:
+        self.dtype = np.dtype(np.float32)
+        self._runtime = import_onnxruntime()
+        self._model, self._input, self._rebatch = model, input, rebatch
+        self._input_dtype = input_spec(model, input).dtype
+        self._providers, self._threads = list(providers), threads
+        self._sessions: dict[tuple[str, ...], Any] = {}
+        available = self._runtime.get_available_providers()
+        for provider in providers:
+            if provider not in available:
+                raise BackendUnavailable(
+                    f"onnxruntime has no {provider} here, only {', '.join(available)}. "
+                    "For NVIDIA GPUs: pip uninstall onnxruntime; pip install 'rectgrad-ref[gpu]'"
+                )
+        self.description = f"onnxruntime {self._runtime.__version__} ({', '.join(providers)})"
+
+    def __call__(self, graph: Graph, x: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        asked = tuple(name for name in dict.fromkeys(names) if name != graph.input)
+        session = self._session(graph, asked)
+        feed = {graph.input: np.ascontiguousarray(x.astype(self._input_dtype, copy=False))}
+        try:
+            arrays = session.run(list(asked), feed)
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            raise InvalidModel(f"{graph.model.name}: onnxruntime failed: {error}") from error
+        values = dict(zip(asked, map(self._typed, arrays), strict=True))
+        values[graph.input] = x
+        return {name: values[name] for name in names}
+
+    def _typed(self, value: np.ndarray) -> np.ndarray:
+        is_float = np.issubdtype(value.dtype, np.floating)
+        return value.astype(self.dtype, copy=False) if is_float else value
+
+    def _session(self, graph: Graph, names: tuple[str, ...]) -> Any:
+        if names not in self._sessions:
+            options = self._runtime.SessionOptions()
+            options.log_severity_level = 3
+            if self._threads is not None:
+                options.intra_op_num_threads = self._threads
+            data = self._exposed(graph, names)
+            try:
+                self._sessions[names] = self._runtime.InferenceSession(
+                    data, options, providers=self._providers
+                )
+            except Exception as error:
+                raise InvalidModel(
+                    f"onnxruntime {self._runtime.__version__} refuses {self._model.name}: {error}. "
+                    "backend='reference' runs without it."
+                ) from error
+        return self._sessions[names]
+
+    def _exposed(self, graph: Graph, names: tuple[str, ...]) -> bytes:
+        """The model with `names` as its only outputs, serialised."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._model.proto)
+        # Declared shapes may state the batch size of the export, and decide nothing.
+        del proto.graph.value_info[:]
+        del proto.graph.output[:]
+        for name in names:
+            kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[name])
+            proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+        if self._rebatch:
+            for value in proto.graph.input:
+                if value.name == self._input:
+                    value.type.tensor_type.shape.dim[0].dim_param = "N"
+        return proto.SerializeToString()
+
+
+def import_onnxruntime() -> Any:
+    """onnxruntime, or an error that says what to install.
+
+    Raises
+    ------
+    BackendUnavailable
+        It is missing, or its CPU and GPU packages are both installed and overwrite each other.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> bool:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            return False
+        return True
+
+    if installed("onnxruntime") and installed("onnxruntime-gpu"):
+        raise BackendUnavailable(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
+            "Remedy: pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you need"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"onnxruntime cannot be imported ({error}). Install it with "
+            "pip install 'rectgrad-ref[cpu]', or use backend='reference'"
+        ) from error
+    return onnxruntime

@@ -1,0 +1,442 @@
+"""A model at one batch size → a frozen graph: nodes in order, every shape known, constants folded.
+
+Everything below the graph sees one dialect of ONNX (`opsets.py`), in which each node knows the
+shapes of what it reads and writes. Value names are those of the file, so that onnxruntime can be
+asked for any of them and a trace can be compared with another program's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+
+from . import opsets
+from .errors import InvalidModel
+from .model import Model
+from .opsets import Shape
+from .patterns import fuse
+from .rules import OPERATORS
+
+# Constants up to this size may decide shapes (Reshape, Slice, Pad …) and are shown to inference.
+_DECIDES_SHAPES = 64
+_PASS_THROUGH = {"Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ZipMap", "Dropout"}
+_HEADS = {"Softmax", "LogSoftmax", "Sigmoid"}
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"}
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operator of the graph.
+
+    Attributes
+    ----------
+    op : str
+        ONNX operator type.
+    name : str
+        Unique; the file's own node name where that is.
+    inputs, outputs : tuple of str
+        Value names; an omitted optional input is ``""``.
+    attributes : mapping
+        In the newest opset's form, all defaults filled in.
+    input_shapes, output_shapes : tuple of tuple of int
+        ``()`` for an omitted input. The plan refuses nodes whose shapes depend on data.
+    constants : tuple of numpy.ndarray or None
+        The inputs that are constant, by position; None for the others.
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    input_shapes: tuple[Shape, ...]
+    output_shapes: tuple[Shape, ...]
+    constants: tuple[np.ndarray | None, ...] = ()
+
+    def __getitem__(self, attribute: str) -> Any:
+        return self.attributes[attribute]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A frozen classifier at one batch size.
+
+    Attributes
+    ----------
+    model : Model
+    batch : int
+    nodes : tuple of Node
+        In topological order.
+    constants : mapping of str to numpy.ndarray
+        Initializers and whatever follows from constants and shapes alone.
+    shapes : mapping of str to tuple of int or None
+        Of every value.
+    dtypes : mapping of str to numpy.dtype
+        As the file declares them.
+    input, output, logits : str
+        Value names: the image, the model's output and the class scores that are attributed, that
+        is, the output or what enters its closing Softmax, LogSoftmax or Sigmoid.
+    head : str or None
+        Operator type of that closing node.
+    """
+
+    model: Model
+    batch: int
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, np.ndarray]
+    shapes: Mapping[str, Shape | None]
+    dtypes: Mapping[str, np.dtype[Any]]
+    input: str
+    output: str
+    logits: str
+    head: str | None
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """Value name → the node that computes it."""
+        return {value: node for node in self.nodes for value in node.outputs if value}
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[Node, ...]]:
+        """Value name → the nodes that read it."""
+        found: dict[str, list[Node]] = defaultdict(list)
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs):
+                found[value].append(node)
+        return {value: tuple(nodes) for value, nodes in found.items()}
+
+    @property
+    def classes(self) -> int:
+        """Number of class scores per sample."""
+        shape = self.shapes[self.logits]
+        assert shape is not None
+        return int(np.prod(shape)) // self.batch
+
+    def is_float(self, value: str) -> bool:
+        """Whether a gradient can flow through the value."""
+        return value in self.dtypes and np.issubdtype(self.dtypes[value], np.floating)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The image input as the file declares it.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int or None
+        None for a symbolic extent; axis 0 is the batch.
+    dtype : numpy.dtype
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+
+def input_spec(model: Model, name: str | None = None) -> InputSpec:
+    """The model's image input.
+
+    Raises
+    ------
+    InvalidModel
+        No such input, several inputs and none chosen, or one that is not a floating-point tensor
+        with a batch axis.
+    """
+    initializers = {tensor.name for tensor in model.proto.graph.initializer}
+    candidates = {v.name: v for v in model.proto.graph.input if v.name not in initializers}
+    if name is None and len(candidates) != 1:
+        raise InvalidModel(
+            f"{model.name} has {len(candidates)} inputs ({', '.join(candidates) or 'none'}); "
+            "choose the image by input=NAME"
+        )
+    if name is not None and name not in candidates:
+        raise InvalidModel(f"{model.name} has no input {name!r}; it has {', '.join(candidates)}")
+    chosen = candidates[name] if name is not None else next(iter(candidates.values()))
+    tensor = chosen.type.tensor_type
+    if not tensor.HasField("shape") or len(tensor.shape.dim) < 2:
+        raise InvalidModel(f"{model.name}: input {chosen.name!r} has no batch and feature axes")
+    dtype = _numpy_dtype(tensor.elem_type)
+    if dtype is None or not np.issubdtype(dtype, np.floating):
+        raise InvalidModel(
+            f"{model.name}: input {chosen.name!r} is not floating-point ({dtype}); "
+            "a gradient with respect to it does not exist"
+        )
+    # Some exporters write 0 or -1 where they mean a symbolic extent.
+    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
+    return InputSpec(chosen.name, shape, dtype)
+
+
+def output_name(model: Model, name: str | None = None) -> str:
+    """The model's class scores, as the file calls them.
+
+    Raises
+    ------
+    InvalidModel
+        No such output, or several and none chosen.
+    """
+    names = [v.name for v in model.proto.graph.output]
+    if name is None and len(names) != 1:
+        raise InvalidModel(
+            f"{model.name} has {len(names)} outputs ({', '.join(names) or 'none'}); "
+            "choose the class scores by output=NAME"
+        )
+    if name is not None and name not in names:
+        raise InvalidModel(f"{model.name} has no output {name!r}; it has {', '.join(names)}")
+    return name if name is not None else names[0]
+
+
+def freeze(
+    model: Model, input_shape: Shape, *, input: str | None = None, output: str | None = None
+) -> Graph:
+    """Fix the graph for inputs of `input_shape`; axis 0 is the batch.
+
+    Raises
+    ------
+    InvalidModel
+        A cyclic or broken graph, shapes that do not fit, or an output that is no class score.
+    """
+    image = input_spec(model, input)
+    scores = output_name(model, output)
+    builder = _Builder(model, image, input_shape)
+    for proto in _sorted(model, scores, image.name):
+        builder.add(proto)
+    graph = builder.graph(scores)
+    _check_scores(graph)
+    return graph
+
+
+class _Builder:
+    """Carries shapes, types and constants along the nodes, in topological order."""
+
+    def __init__(self, model: Model, image: InputSpec, input_shape: Shape) -> None:
+        self.model = model
+        self.image = image
+        self.batch = input_shape[0]
+        self.nodes: list[Node] = []
+        self.names: set[str] = set()
+        self.constants = _initializers(model)
+        self.types = {name: _tensor_type(a.dtype, a.shape) for name, a in self.constants.items()}
+        self.types[image.name] = _tensor_type(image.dtype, input_shape)
+
+    def add(self, proto: onnx.NodeProto) -> None:
+        node = self._modernise(proto)
+        array = self._fold(node)
+        if array is None:
+            self._infer(proto)
+            shapes = tuple(self._shape(value) or () for value in node.outputs)
+            self.nodes.append(replace(node, output_shapes=shapes))
+            return
+        for name, value in zip(node.outputs, array, strict=False):
+            if name:
+                self._constant(name, value)
+
+    def graph(self, output: str) -> Graph:
+        producer = {value: node for node in self.nodes for value in node.outputs}
+        if output not in producer:
+            raise InvalidModel(
+                f"{self.model.name}: the output {output!r} does not depend on the input "
+                f"{self.image.name!r}"
+            )
+        logits, head = _find_logits(output, producer)
+        return Graph(
+            model=self.model,
+            batch=self.batch,
+            nodes=fuse(self.nodes, {logits, output}),
+            constants=MappingProxyType(self.constants),
+            shapes={name: self._shape(name) for name in self.types},
+            dtypes={name: d for name in self.types if (d := self._dtype(name)) is not None},
+            input=self.image.name,
+            output=output,
+            logits=logits,
+            head=head,
+        )
+
+    def _modernise(self, proto: onnx.NodeProto) -> Node:
+        opset = self.model.opset
+        inputs, op = list(proto.input), proto.op_type
+        values = opsets.attributes(proto, opset)
+        name = proto.name if proto.name and proto.name not in self.names else _key(proto)
+        self.names.add(name)
+        first = self._dtype(inputs[0]) if inputs else None
+        moved = opsets.attributes_to_inputs(
+            op, opset, inputs, values, first or np.dtype(np.float32)
+        )
+        for position, constant in moved.items():
+            inputs += [""] * (position + 1 - len(inputs))
+            inputs[position] = f"{_key(proto)}/{position}"
+            self._constant(inputs[position], constant)
+        shapes = [self._shape(value) or () for value in inputs]
+        opsets.settle(op, opset, values, shapes)
+        constants = tuple(self.constants.get(value) for value in inputs)
+        return Node(
+            op, name, tuple(inputs), tuple(proto.output), values, tuple(shapes), (), constants
+        )
+
+    def _constant(self, name: str, value: np.ndarray) -> None:
+        self.constants[name] = value
+        self.types[name] = _tensor_type(value.dtype, value.shape)
+
+    def _fold(self, node: Node) -> tuple[np.ndarray, ...] | None:
+        """The outputs, where they follow from constants and shapes alone."""
+        if node.op in ("Shape", "Size") and self._shape(node.inputs[0]) is not None:
+            arguments: list[np.ndarray | None] = [np.broadcast_to(0, node.input_shapes[0])]
+        elif node.op in _RANDOM or any(v and v not in self.constants for v in node.inputs):
+            return None
+        else:
+            arguments = [self.constants[v] if v else None for v in node.inputs]
+        if node.op not in OPERATORS:
+            return None
+        try:
+            result = OPERATORS[node.op].forward(node, *arguments)
+        except (ValueError, IndexError, TypeError, KeyError) as error:
+            raise InvalidModel(f"{self.model.name}: {node} cannot be computed: {error}") from error
+        return result if isinstance(result, tuple) else (result,)
+
+    def _infer(self, proto: onnx.NodeProto) -> None:
+        definition = opsets.schema(proto.op_type, self.model.opset, proto.domain)
+        missing = [v for v in proto.input if v and v not in self.types]
+        if missing:
+            raise InvalidModel(
+                f"{self.model.name}: {proto.op_type} {proto.name!r} reads {missing[0]!r}, which no "
+                "node, input or initializer provides"
+            )
+        if definition is None:
+            return  # a custom operator: refused by the plan, if it lies on the path
+        types = {v: self.types[v] for v in proto.input if v}
+        data = {
+            v: numpy_helper.from_array(np.ascontiguousarray(self.constants[v]), v)
+            for v in proto.input
+            if v in self.constants and self.constants[v].size <= _DECIDES_SHAPES
+        }
+        try:
+            found = shape_inference.infer_node_outputs(definition, proto, types, data)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InvalidModel(
+                f"{self.model.name}: {proto.op_type} {proto.name or _key(proto)!r} does not fit "
+                f"inputs of shape {', '.join(str(self._shape(v)) for v in proto.input)}: {error}"
+            ) from error
+        self.types.update(found)
+
+    def _shape(self, value: str) -> Shape | None:
+        proto = self.types.get(value)
+        if proto is None or not proto.tensor_type.HasField("shape"):
+            return None
+        dims = proto.tensor_type.shape.dim
+        if not all(d.HasField("dim_value") for d in dims):
+            return None
+        return tuple(d.dim_value for d in dims)
+
+    def _dtype(self, value: str) -> np.dtype[Any] | None:
+        proto = self.types.get(value)
+        return _numpy_dtype(proto.tensor_type.elem_type) if proto is not None else None
+
+
+def _initializers(model: Model) -> dict[str, np.ndarray]:
+    constants = {}
+    for tensor in model.proto.graph.initializer:
+        try:
+            constants[tensor.name] = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InvalidModel(
+                f"{model.name}: the initializer {tensor.name!r} is damaged: {error}"
+            ) from error
+    for sparse in model.proto.graph.sparse_initializer:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        dense[np.unravel_index(places, dense.shape) if places.ndim == 1 else tuple(places.T)] = (
+            values
+        )
+        constants[sparse.values.name] = dense
+    return constants
+
+
+def _tensor_type(dtype: np.dtype[Any], shape: Shape) -> onnx.TypeProto:
+    return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+
+
+def _numpy_dtype(elem_type: int) -> np.dtype[Any] | None:
+    if elem_type == TensorProto.UNDEFINED:
+        return None
+    return np.dtype(helper.tensor_dtype_to_np_dtype(elem_type))
+
+
+def _sorted(model: Model, output: str, image: str) -> Iterator[onnx.NodeProto]:
+    """The nodes that the output depends on, each after those that it reads (depth first)."""
+    producer: dict[str, onnx.NodeProto] = {}
+    for node in model.proto.graph.node:
+        for value in filter(None, node.output):
+            if value in producer:
+                raise InvalidModel(f"{model.name}: the value {value!r} is computed twice")
+            producer[value] = node
+    known = {tensor.name for tensor in model.proto.graph.initializer} | {image}
+    state: dict[str, bool] = {}  # first output → finished
+    stack = [(producer[output], False)] if output in producer else []
+    while stack:
+        node, ready = stack.pop()
+        key = _key(node)
+        if ready:
+            state[key] = True
+            yield node
+        elif key not in state:
+            state[key] = False
+            stack.append((node, True))
+            for value in reversed([*node.input, *_captured(node)]):
+                if value in producer and value not in known:
+                    previous = producer[value]
+                    if state.get(_key(previous)) is False:
+                        raise InvalidModel(f"{model.name}: the graph has a cycle at {value!r}")
+                    stack.append((previous, False))
+
+
+def _key(node: onnx.NodeProto) -> str:
+    """The node's first output, which no other node has."""
+    return next(filter(None, node.output), "")
+
+
+def _captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the node's sub-graphs may read from outside."""
+    for attribute in node.attribute:
+        for graph in [attribute.g, *attribute.graphs]:
+            for inner in graph.node:
+                yield from inner.input
+                yield from _captured(inner)
+
+
+def _find_logits(output: str, producer: Mapping[str, Node]) -> tuple[str, str | None]:
+    """What enters the closing Softmax, LogSoftmax or Sigmoid; without one, the output itself."""
+    value = output
+    while (node := producer.get(value)) is not None:
+        if node.op in _HEADS:
+            return node.inputs[0], node.op
+        if node.op not in _PASS_THROUGH:
+            break
+        value = node.inputs[0]
+    return output, None
+
+
+def _check_scores(graph: Graph) -> None:
+    shape, name = graph.shapes[graph.logits], graph.model.name
+    if not graph.is_float(graph.logits):
+        raise InvalidModel(
+            f"{name}: the output {graph.output!r} is no class score: its type is "
+            f"{graph.dtypes.get(graph.logits)}"
+        )
+    if shape is None:
+        raise InvalidModel(f"{name}: the shape of {graph.logits!r} depends on the data")
+    if not shape or shape[0] != graph.batch or sum(extent > 1 for extent in shape[1:]) > 1:
+        raise InvalidModel(
+            f"{name}: the output {graph.output!r} is no class score per sample: {graph.logits!r} "
+            f"has shape {shape} for {graph.batch} samples. Choose another by output=NAME."
+        )

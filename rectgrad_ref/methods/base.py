@@ -1,0 +1,142 @@
+"""What a method is: a frozen dataclass of conventions that declares a table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from .. import analysis
+from ..graph import Graph
+from ..plan import Matches, RuleTable
+
+Seed = Literal["one", "logit", "softmax"]
+PaddingTrick = bool | Literal["same"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """An attribution method with all its conventions.
+
+    Attributes
+    ----------
+    output_seed : str
+        What enters at the target's logit: ``"one"``; ``"logit"``, its own value; ``"softmax"``, the
+        gradient of its softmax probability.
+    """
+
+    id: ClassVar[str]
+    label: ClassVar[str]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    output_seed: Seed = "one"
+
+    def __post_init__(self) -> None:
+        """Refuse a value that a field's ``Literal`` type does not list."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, listed = getattr(self, field.name), _listed(hints[field.name])
+            if listed and value not in listed:
+                choice = ", ".join(map(repr, listed))
+                raise ValueError(f"{self.id}: {field.name} must be one of {choice}, got {value!r}")
+
+    @property
+    def passes(self) -> int:
+        """How many backward passes one explanation takes."""
+        return 1
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether samples influence each other, so that a batch must not be split."""
+        return False
+
+    def rules(self, graph: Graph) -> RuleTable:
+        """The table laid over ordinary backpropagation; the first match wins."""
+        return ()
+
+    def notes(self, graph: Graph) -> list[str]:
+        """What the user should know about this method on this graph."""
+        return []
+
+    def point(self, x: np.ndarray, k: int, keys: np.ndarray) -> np.ndarray:
+        """Where the gradient of pass `k` is taken.
+
+        Parameters
+        ----------
+        x : numpy.ndarray, shape (N, …)
+        keys : numpy.ndarray of int, shape (N,)
+            Identity of each sample, for noise that does not depend on batching.
+        """
+        return x
+
+    def weight(self, k: int) -> float:
+        """The weight of pass `k` in the sum."""
+        return 1.0
+
+    def reference_input(self, x: np.ndarray) -> np.ndarray | None:
+        """The baseline of every sample, for methods that have one."""
+        return None
+
+    def finish(self, x: np.ndarray, R: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """From the gradient at the input to the attribution, in the input's shape."""
+        return R
+
+    def options(self) -> dict[str, Any]:
+        """Every convention by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _listed(kind: Any) -> tuple[Any, ...]:
+    """The values that a ``Literal``, or a union of one with bool, allows."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = get_args(kind)
+    if bool in parts:
+        return (True, False, *(v for part in parts if part is not bool for v in get_args(part)))
+    return ()
+
+
+def times_input(x: np.ndarray, R: np.ndarray, final_threshold: bool) -> np.ndarray:
+    """x · R, then zero where not positive if `final_threshold` (paper 4.1)."""
+    product = x * R
+    return np.where(product > 0, product, 0) if final_threshold else product
+
+
+def named(names: Collection[str]) -> Matches:
+    """Match nodes by name."""
+    return lambda node: node.name in names
+
+
+def operators(*ops: str) -> Matches:
+    """Match nodes by operator type."""
+    return lambda node: node.op in ops
+
+
+def trick_convolutions(graph: Graph, trick: PaddingTrick) -> tuple[frozenset[str], list[str]]:
+    """Which convolutions the padding trick masks (SPEC section 3), and those too small for it.
+
+    Parameters
+    ----------
+    trick : bool or "same"
+        True: convolutions with a non-zero pad. ``"same"``: those that TensorFlow calls SAME.
+
+    Returns
+    -------
+    masked : frozenset of str
+        Node names.
+    notes : list of str
+        Names the convolutions that are left alone because their output has fewer than 3 cells.
+    """
+    if not trick:
+        return frozenset(), []
+    padded = analysis.is_tensorflow_same if trick == "same" else analysis.pads_input
+    found = [node for node in analysis.path(graph) if node.op == "Conv" and padded(graph, node)]
+    small = [node.name for node in found if min(node.output_shapes[0][2:]) < 3]
+    notes = []
+    if small:
+        notes.append(
+            f"padding trick: {', '.join(small)} left alone, fewer than 3 cells on a spatial axis"
+        )
+    return frozenset(node.name for node in found if node.name not in small), notes

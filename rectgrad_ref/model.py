@@ -1,0 +1,171 @@
+"""An ONNX file, bytes or ModelProto → one self-contained ModelProto, with its name and hash.
+
+Nothing is interpreted here: weights in external files are brought in, functions are inlined, and
+what cannot be an ONNX classifier is refused. The graph begins in `graph.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import onnx
+from onnx import TensorProto
+
+from .errors import InvalidModel
+
+ModelSource: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
+
+OLDEST_OPSET = 7  # the first with NumPy broadcasting, on which every rule relies
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose weights are all in memory.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+        With external data loaded and model-local functions inlined.
+    name : str
+        What error messages call it: the path as given, or ``<bytes>``, ``<ModelProto>``.
+    path : Path or None
+        The file that it came from.
+    opset : int
+        Version of the default operator domain.
+    """
+
+    proto: onnx.ModelProto
+    name: str
+    path: Path | None
+    opset: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the model: of the file's bytes, or of the serialised ModelProto."""
+        data = self.path.read_bytes() if self.path else self.proto.SerializeToString()
+        return hashlib.sha256(data).hexdigest()
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The model's ``metadata_props``."""
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+
+def read_model(source: ModelSource) -> Model:
+    """Read a model.
+
+    Parameters
+    ----------
+    source : path, bytes or onnx.ModelProto
+
+    Raises
+    ------
+    InvalidModel
+        Not an ONNX file, truncated, without nodes, an opset below 7 or above what the installed
+        onnx knows, or external data that is missing or lies outside the model's folder.
+    """
+    proto, name, path = _parse(source)
+    if not proto.graph.node:
+        raise InvalidModel(f"{name} is not an ONNX model: it has no nodes")
+    opset = _opset(proto, name)
+    _load_external_data(proto, name, path.parent if path else None)
+    if proto.functions:
+        from onnx.inliner import inline_local_functions
+
+        proto = inline_local_functions(proto)
+    return Model(proto, name, path, opset)
+
+
+def _parse(source: ModelSource) -> tuple[onnx.ModelProto, str, Path | None]:
+    if isinstance(source, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(source)
+        return copy, "<ModelProto>", None
+    if isinstance(source, bytes):
+        return _decode(source, "<bytes>"), "<bytes>", None
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"model must be a path, bytes or ModelProto, got {type(source).__name__}")
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidModel(f"cannot read {path}: {error.strerror}") from error
+    return _decode(data, str(path)), str(path), path
+
+
+def _decode(data: bytes, name: str) -> onnx.ModelProto:
+    from google.protobuf.message import DecodeError
+
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except (DecodeError, ValueError, RuntimeError) as error:
+        raise InvalidModel(
+            f"{name} is not an ONNX model, or is truncated ({len(data)} bytes read): {error}"
+        ) from error
+    return proto
+
+
+def _opset(proto: onnx.ModelProto, name: str) -> int:
+    versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    newest = onnx.defs.onnx_opset_version()
+    if not versions:
+        raise InvalidModel(f"{name} imports no version of the default ONNX operator set")
+    if not OLDEST_OPSET <= versions[0] <= newest:
+        raise InvalidModel(
+            f"{name} uses opset {versions[0]}; supported are {OLDEST_OPSET} to {newest} "
+            f"(the newest of onnx {onnx.__version__}). Convert it with onnx.version_converter."
+        )
+    return versions[0]
+
+
+def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) -> None:
+    """Bring weights stored beside the model into it, never following a path out of its folder."""
+    from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
+
+    for tensor in _all_tensors(proto):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        info = ExternalDataInfo(tensor)
+        if folder is None:
+            raise InvalidModel(
+                f"{name}: the weights {tensor.name!r} lie in the external file {info.location!r}, "
+                "which only a model given by its path can have"
+            )
+        file = (folder / info.location).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            raise InvalidModel(
+                f"{name}: the external data of {tensor.name!r} points outside the model's folder "
+                f"({info.location!r})"
+            )
+        if not file.is_file():
+            raise InvalidModel(
+                f"{name}: the external data file {info.location!r} of {tensor.name!r} is missing"
+            )
+        end = (info.offset or 0) + (info.length or 0)
+        if end > file.stat().st_size:
+            raise InvalidModel(
+                f"{name}: the external data file {info.location!r} is truncated: {tensor.name!r} "
+                f"ends at byte {end}, the file at {file.stat().st_size}"
+            )
+        try:
+            load_external_data_for_tensor(tensor, str(folder))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise InvalidModel(
+                f"{name}: cannot read the external data of {tensor.name!r}: {error}"
+            ) from error
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _all_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Initializers and the tensors of Constant nodes."""
+    tensors = list(proto.graph.initializer)
+    for node in proto.graph.node:
+        tensors += [a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
+    return tensors

@@ -1,0 +1,121 @@
+"""Graph + method → plan: which values the forward pass keeps, and every backward step in order.
+
+The plan is plain data. It is the one place that knows what will happen: executors run it without
+knowing methods, `Explainer.plan()` prints it, and what cannot be done is refused while it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import analysis
+from .errors import UnsupportedOperator
+from .graph import Graph, Node
+from .rules.declared import Gradient, Rule
+from .rules.registry import OPERATORS, find_vjp
+
+Matches = Callable[[Node], bool]
+RuleTable = Sequence[tuple[Matches, Rule]]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One node of the walk back.
+
+    Attributes
+    ----------
+    node : Node
+    rule : Rule
+    positions : tuple of int
+        The node's inputs that receive a gradient.
+    """
+
+    node: Node
+    rule: Rule
+    positions: tuple[int, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Values that the rule reads, constants included."""
+        found = (v for p in self.positions for v in self.rule.reads(self.node, p))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Values whose gradient the step adds to."""
+        return tuple(self.node.inputs[p] for p in self.positions)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will happen: see the module.
+
+    Attributes
+    ----------
+    graph : Graph
+    steps : tuple of Step
+        From the logits to the input.
+    exposes : tuple of str
+        Values that the forward pass has to hand over, besides the logits.
+    contrasts : bool
+        Whether they are needed at a baseline too.
+    layers : frozenset of str
+        Names of the activations on the path.
+    """
+
+    graph: Graph
+    steps: tuple[Step, ...]
+    exposes: tuple[str, ...]
+    contrasts: bool
+    layers: frozenset[str]
+
+
+def make_plan(graph: Graph, rules: RuleTable) -> Plan:
+    """Lay `rules` over ordinary backpropagation; for every node the first that matches wins.
+
+    Raises
+    ------
+    UnsupportedOperator
+        A node on the path from the input to the logits has no rule.
+    """
+    nodes = analysis.path(graph)
+    positions = analysis.differentiated(graph, nodes)
+    steps = []
+    for node in reversed(nodes):
+        rule = next((rule for matches, rule in rules if matches(node)), Gradient())
+        if isinstance(rule, Gradient):
+            _require_vjp(graph, node, positions[node.name], nodes)
+        _require_shapes(graph, node)
+        steps.append(Step(node, rule, positions[node.name]))
+    reads = dict.fromkeys(v for step in steps for v in step.reads)
+    return Plan(
+        graph=graph,
+        steps=tuple(steps),
+        exposes=tuple(v for v in reads if v not in graph.constants),
+        contrasts=any(step.rule.contrasts for step in steps),
+        layers=analysis.activations(graph),
+    )
+
+
+def _require_shapes(graph: Graph, node: Node) -> None:
+    unknown = [v for v in (*node.inputs, *node.outputs) if v and graph.shapes.get(v) is None]
+    if unknown:
+        raise UnsupportedOperator(
+            f"{node} ({graph.model.name}): the shape of {unknown[0]!r} depends on the data"
+        )
+
+
+def _require_vjp(
+    graph: Graph, node: Node, positions: tuple[int, ...], nodes: Sequence[Node]
+) -> None:
+    if node.op in OPERATORS and all(find_vjp(node.op, p) for p in positions):
+        return
+    names = [n.name for n in nodes]
+    where = names.index(node.name)
+    around = [graph.input, "…", *names[max(where - 1, 0) : where + 2], "…", graph.logits]
+    supported = ", ".join(sorted(op for op, known in OPERATORS.items() if known.vjps))
+    raise UnsupportedOperator(
+        f"{node} ({graph.model.name}, opset {graph.model.opset}): no backward rule; on the path "
+        f"{' → '.join(around)}. Supported: {supported}."
+    )

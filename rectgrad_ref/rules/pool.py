@@ -1,0 +1,140 @@
+"""Pooling: maxima, averages, and the ways in which a gradient goes back through them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .registry import Array, leading, operator, vjp
+from .window import Window
+
+if TYPE_CHECKING:
+    from ..graph import Node
+
+
+@operator("MaxPool", batch=leading)
+def max_pool(node: Node, X: Array) -> Array:
+    window = Window.of(node)
+    padded = window.pad(X, -np.inf)
+    y = np.full((*X.shape[:2], *window.output), -np.inf, X.dtype)
+    for _, place in window.offsets():
+        np.maximum(y, padded[place], out=y)
+    return y
+
+
+@vjp("MaxPool", wrt="X")
+def max_pool_X(node: Node, R: Array, *, X: Array, Y: Array) -> Array:
+    """To the first maximum in row-major window order."""
+    window = Window.of(node)
+    padded = window.pad(X, -np.inf)
+    gradient = np.zeros_like(padded)
+    pending = np.ones(R.shape, bool)
+    for _, place in window.offsets():
+        hit = pending & (padded[place] == Y)
+        gradient[place] += np.where(hit, R, 0)
+        pending &= ~hit
+    return window.crop(gradient)
+
+
+def max_pool_split(node: Node, R: Array, X: Array, Y: Array) -> Array:
+    """Equally to all units that attain the maximum."""
+    window = Window.of(node)
+    padded = window.pad(X, -np.inf)
+    places = [place for _, place in window.offsets()]
+    ties = np.zeros(R.shape, R.dtype)
+    for place in places:
+        ties += padded[place] == Y
+    share, gradient = R / ties, np.zeros_like(padded)
+    for place in places:
+        gradient[place] += np.where(padded[place] == Y, share, 0)
+    return window.crop(gradient)
+
+
+def max_pool_redistribute(node: Node, R: Array, X: Array, eps: float) -> Array:
+    """Proportionally to the activations: x · avgpoolᵀ(R / (avgpool(x) + eps)), paper D.3.
+
+    Padding is not counted; both directions use the same divisor.
+    """
+    window = Window.of(node)
+    count = _valid_cells(window, R.dtype)
+    average = _sum_windows(X, window) / count
+    return X * _spread(R / (average + eps) / count, window)
+
+
+@operator("AveragePool", batch=leading)
+def average_pool(node: Node, X: Array) -> Array:
+    window = Window.of(node)
+    return _sum_windows(X, window) / _divisor(node, window, X.dtype)
+
+
+@vjp("AveragePool", wrt="X")
+def average_pool_X(node: Node, R: Array) -> Array:
+    window = Window.of(node)
+    return _spread(R / _divisor(node, window, R.dtype), window)
+
+
+def _sum_windows(x: Array, window: Window) -> Array:
+    padded = window.pad(x, 0)
+    y = np.zeros((*x.shape[:2], *window.output), x.dtype)
+    for _, place in window.offsets():
+        y += padded[place]
+    return y
+
+
+def _spread(R: Array, window: Window) -> Array:
+    """The transpose of `_sum_windows`."""
+    padded = np.zeros((*R.shape[:2], *window.padded_input), R.dtype)
+    for _, place in window.offsets():
+        padded[place] += R
+    return window.crop(padded)
+
+
+def _valid_cells(window: Window, dtype: np.dtype) -> Array:
+    """How many cells of the unpadded input each window reads, shape (1, 1, *output)."""
+    return _sum_windows(np.ones((1, 1, *window.input), dtype), window)
+
+
+def _divisor(node: Node, window: Window, dtype: np.dtype) -> Array:
+    """Cells that an average counts: with ``count_include_pad`` those of the padding too.
+
+    What ``ceil_mode`` reads beyond the padding never counts.
+    """
+    if not node["count_include_pad"]:
+        return _valid_cells(window, dtype)
+    counted = np.zeros((1, 1, *window.padded_input), dtype)
+    counted[tuple(slice(0, n) for n in (1, 1, *window.declared_input))] = 1
+    total = np.zeros((1, 1, *window.output), dtype)
+    for _, place in window.offsets():
+        total += counted[place]
+    return total
+
+
+def _spatial_axes(x: Array) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))
+
+
+@operator("GlobalAveragePool", batch=leading)
+def global_average_pool(node: Node, X: Array) -> Array:
+    return X.mean(axis=_spatial_axes(X), keepdims=True)
+
+
+@vjp("GlobalAveragePool", wrt="X")
+def global_average_pool_X(node: Node, R: Array) -> Array:
+    shape = node.input_shapes[0]
+    cells = int(np.prod(shape[2:]))
+    return np.broadcast_to(R / cells, shape)
+
+
+@operator("GlobalMaxPool", batch=leading)
+def global_max_pool(node: Node, X: Array) -> Array:
+    return X.max(axis=_spatial_axes(X), keepdims=True)
+
+
+@vjp("GlobalMaxPool", wrt="X")
+def global_max_pool_X(node: Node, R: Array, *, X: Array) -> Array:
+    """To the first maximum in row-major order."""
+    flat = X.reshape(*X.shape[:2], -1)
+    gradient = np.zeros_like(flat)
+    np.put_along_axis(gradient, flat.argmax(axis=2)[..., None], R.reshape(*X.shape[:2], 1), axis=2)
+    return gradient.reshape(X.shape)
