@@ -33,9 +33,14 @@ def ranks(n: int, q: float, convention: Percentile) -> tuple[int, int, float]:
     ``tf_nearest`` counts from the top, as ``tf.contrib.distributions.percentile`` did:
     ``round_half_to_even((n − 1)·(1 − q/100))`` in double precision in that order, which is not
     the mirror image of counting from the bottom at ties (n = 76, 176 … at q = 98).
+    ``numpy_nearest`` is ``numpy.percentile(…, method="nearest")``, whose position is
+    ``(n − 1)·(q/100)``; the others have ``((n − 1)·q)/100``, which is exact more often.
     """
     if convention == "tf_nearest":
         index = n - 1 - int(np.round((n - 1) * (1.0 - q / 100.0)))
+        return index, index, 0.0
+    if convention == "numpy_nearest":
+        index = int(np.round((n - 1) * (q / 100.0)))
         return index, index, 0.0
     position = (n - 1) * q / 100.0
     low, high = int(np.floor(position)), int(np.ceil(position))
@@ -43,7 +48,7 @@ def ranks(n: int, q: float, convention: Percentile) -> tuple[int, int, float]:
         return low, high, position - low
     if convention == "midpoint":
         return low, high, 0.5 if high > low else 0.0
-    index = {"lower": low, "higher": high, "numpy_nearest": int(np.round(position))}[convention]
+    index = low if convention == "lower" else high
     return index, index, 0.0
 
 
