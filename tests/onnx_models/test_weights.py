@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from rectgrad_ref.errors import InvalidModel
 from rectgrad_ref.onnx_models.weights import read_safetensors
@@ -25,8 +26,8 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
 
 
 def test_reads_every_array(tmp_path: Path) -> None:
-    half = np.array([[1, 2], [3, 4]], np.float16)
-    count = np.array(7, np.int64)
+    half: NDArray[Any] = np.array([[1, 2], [3, 4]], np.float16)
+    count: NDArray[Any] = np.array(7, np.int64)
     header = {
         "__metadata__": {"format": "pt"},
         "half": entry("F16", [2, 2], 8, 16),
@@ -44,7 +45,7 @@ def test_reads_every_array(tmp_path: Path) -> None:
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "conv.weight": rng.standard_normal((4, 3, 1, 7), dtype=np.float32),
         "bn.running_var": rng.standard_normal(4),
         "num_batches_tracked": np.array(3),
