@@ -95,6 +95,8 @@ class RectGrad(Method):
         super().__post_init__()
         if not 0 <= self.q <= 100:
             raise ValueError(f"rectgrad: q must lie between 0 and 100, got {self.q!r}")
+        if self.tau is not None and np.isnan(self.tau):
+            raise ValueError("rectgrad: tau must be a number, got nan")
 
     @property
     def whole_batch(self) -> bool:
