@@ -367,7 +367,10 @@ class _Run:
         """Logits (n, classes) and R at the input, for one chunk."""
         prepared = self._prepared(len(x))
         graph, plan = prepared.graph, prepared.plan
-        values = self.forward(graph, x, (graph.logits, *plan.exposes))
+        names = (graph.logits, *plan.exposes)
+        if layers is not None:  # the trace shows every activation, also where no rule reads it
+            names += tuple(s.node.outputs[0] for s in plan.steps if s.node.name in plan.layers)
+        values = self.forward(graph, x, names)
         shaped = values[graph.logits]
         scores = shaped.reshape(len(x), -1)
         chosen = self._choose(scores, rows) if target is None else target
