@@ -325,7 +325,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(suffix)
     settings = matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "rectgrad"})
     with atomic_write(path) as temporary, _saving, settings:
-        figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=metadata)
+        figure.savefig(temporary, format=suffix[1:], dpi=_DPI, facecolor="white", metadata=metadata)
 
 
 def save_map(heatmap: ArrayLike, path: str | os.PathLike[str]) -> None:
@@ -428,7 +428,7 @@ def _comparison(
     columns = [[render(heatmap) for heatmap in cap(maps)] for maps in heatmaps]
     heads = list(labels)
     if first.pictures is not None:
-        columns.insert(0, first.pictures)
+        columns.insert(0, list(first.pictures))
         heads.insert(0, "Image")
     rows = [list(row) for row in zip(*columns, strict=True)]
     return _grid(rows, heads, _class_labels(first))
@@ -442,7 +442,7 @@ def _class_labels(attribution: Attribution) -> list[str]:
     labels = []
     for target, score in zip(attribution.target, scores, strict=True):
         names = attribution.class_names
-        name = f"class {target}" if names is None else " ".join(names[target].split(",")[0].split())
+        name = " ".join(names[target].split(",")[0].split()) if names else f"class {target}"
         percent = 100 * score[target]
         labels.append(f"{name}\n{'< 0.1' if percent < 0.1 else f'{percent:.1f}'} %")
     return labels
@@ -520,6 +520,7 @@ class _Page:
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         box = (x / self.width, 1 - (y + height) / self.height)
         axes = self.figure.add_axes((*box, width / self.width, height / self.height))
+        axes.grid(False)
         for spine in axes.spines.values():
             spine.set(linewidth=0.4, color="0.6")
         return axes

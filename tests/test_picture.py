@@ -6,6 +6,7 @@ import doctest
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ CLASSES = (
     "Staffordshire bullterrier, Staffordshire bull terrier",
     "a class name so long that no column of any figure can possibly hold all of its many words",
     "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
-    "price in $ or in $$, x_1",
+    r"price in $\no $ and $mathematics$, x_1",
 )
 
 
@@ -256,6 +257,8 @@ def assert_tidy(figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn = [text for text in figure.texts if text.get_text()]
+    for text in drawn:
+        assert [line.strip() for line in text.get_text().split("\n")] == text.get_text().split("\n")
     drawn += [label for axes in figure.axes for label in axes.get_xticklabels()]
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn]
     boxes += [(f"panel {i}", axes.get_window_extent()) for i, axes in enumerate(figure.axes)]
@@ -323,6 +326,10 @@ def test_overlay(samples: int, size: tuple[int, int]) -> None:
     assert_tidy(figure)
     assert texts(figure)[:3] == ["Image", "RectGrad", "Overlay"]
     assert len(figure.axes) == 3 * samples + 1
+    for panel, heatmap in zip(
+        images(figure)[samples : 2 * samples], picture.cap(one.heatmap()), strict=True
+    ):
+        np.testing.assert_array_equal(panel, picture.render(heatmap))
     smooth = figure.axes[0].images[0].get_interpolation()
     assert smooth == ("nearest" if max(size) <= 32 else "antialiased")
 
@@ -335,6 +342,7 @@ def test_overlay_of_nothing_is_the_picture_in_light_grey() -> None:
     grey = one.pictures[0] @ [0.299, 0.587, 0.114]
     assert np.corrcoef(over[..., 0].ravel(), grey.ravel())[0, 1] > 0.999
     assert (over[..., 0] >= grey).all()
+    assert over.min() > 128
 
 
 def test_overlay_without_pictures_is_the_map() -> None:
@@ -378,7 +386,7 @@ def test_layer_strip_shows_means_over_channels(times_activation: bool) -> None:
 
 
 @pytest.mark.parametrize("columns", [2, 3, 8, 50])
-@pytest.mark.parametrize(("count", "pictures"), [(1, True), (3, False)])
+@pytest.mark.parametrize(("count", "pictures"), [(3, True), (1, False)])
 def test_layer_strip_selects_layers_evenly(columns: int, count: int, pictures: bool) -> None:
     several = [
         attribution(3, method=label, pictures=pictures, class_names=list(CLASSES))
@@ -522,6 +530,32 @@ assert "matplotlib.pyplot" not in sys.modules
     command = [sys.executable, "-c", program, str(tmp_path / "map.png")]
     subprocess.run(command, check=True, cwd=root, env={**os.environ, "MPLBACKEND": "TkAgg"})
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_settings_of_the_user_do_not_change_a_figure(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import style
+
+    picture.save(picture.overlay(attribution(1)), tmp_path / "plain.png")
+    settings = {"font.family": "serif", "axes.grid": True, "savefig.facecolor": "black"}
+    with style.context(["dark_background", settings]):
+        picture.save(picture.overlay(attribution(1)), tmp_path / "dark.png")
+    assert matplotlib.rcParams["axes.grid"] is False
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "dark.png").read_bytes()
+
+
+def test_files_are_written_one_at_a_time(tmp_path: Path) -> None:
+    writing = []
+
+    def savefig(file: Path, **_: object) -> None:
+        writing.append("begin")
+        time.sleep(0.02)
+        writing.append("end")
+
+    figure: Any = SimpleNamespace(savefig=savefig)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: picture.save(figure, tmp_path / f"{i}.pdf"), range(4)))
+    assert writing == ["begin", "end"] * 4
 
 
 def test_threads_write_the_same_files(tmp_path: Path) -> None:
