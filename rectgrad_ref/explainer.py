@@ -147,8 +147,10 @@ class Explainer:
             A node on the path from the input to the logits has no rule.
         """
         chosen = make_method(method, preset, **options)
-        if trace and chosen.passes != 1:
-            raise ValueError(f"{chosen.id} takes {chosen.passes} passes; a trace needs one")
+        if trace and not chosen.walks_once:
+            raise ValueError(
+                f"{chosen.id} is not one walk back through the layers; it has no layer-wise trace"
+            )
         prepared = prepare(
             image,
             self.input.shape,
@@ -295,20 +297,20 @@ class _Run:
         self.chunk = explainer.chunk(first)
         self.notes = method.notes(self._prepared(min(self.chunk, max(len(x), 1))).graph)
         self.names = explainer.class_names(first.graph.classes)
-        if method.whole_batch and len(x) > self.chunk and method.passes == 1:
+        if method.whole_batch and len(x) > self.chunk and method.walks_once:
             raise ValueError(
                 f"{method.id}: this convention is over the whole batch, but {len(x)} samples do "
                 f"not fit one pass of {self.chunk}; give fewer, or another scope"
             )
         self._given = _targets(target, len(x), first.graph.classes, self.names)
-        single = method.passes == 1
-        self.logits = np.zeros((0, first.graph.classes)) if single else self._scores(x)
+        once = method.walks_once
+        self.logits = np.zeros((0, first.graph.classes)) if once else self._scores(x)
         self.target = self._choose(self.logits, slice(None))
 
     def attribute(self, trace: bool) -> tuple[np.ndarray, Mapping[str, Layer] | None]:
         """The maps, and the layer-wise trace if asked for."""
         traces: list[dict[str, Layer]] = []
-        if self.method.passes == 1:
+        if self.method.walks_once:
             R = self._one_pass(traces if trace else None)
         else:
             R = self._many_passes()

@@ -30,6 +30,8 @@ class Method:
     id: ClassVar[str]
     label: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    walks_once: ClassVar[bool] = True
+    """Whether R is one walk back from the image, and not a sum over `passes` other points."""
 
     output_seed: Seed = "one"
 
@@ -44,7 +46,7 @@ class Method:
 
     @property
     def passes(self) -> int:
-        """How many backward passes one explanation takes."""
+        """How many walks back one explanation takes."""
         return 1
 
     @property

@@ -69,6 +69,7 @@ class Random(Method):
 
     id: ClassVar[str] = "random"
     label: ClassVar[str] = "Random"
+    walks_once: ClassVar[bool] = False
 
     seed: int = 0
 

@@ -30,6 +30,7 @@ class SmoothGrad(Method):
 
     id: ClassVar[str] = "smoothgrad"
     label: ClassVar[str] = "SmoothGrad"
+    walks_once: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {"authors": {"range": "batch"}}
 
     n: int = 50
@@ -77,6 +78,7 @@ class IntegratedGradients(Method):
 
     id: ClassVar[str] = "integrated_gradients"
     label: ClassVar[str] = "Integrated gradients"
+    walks_once: ClassVar[bool] = False
 
     steps: int = 50
     rule: Literal["right", "trapezoid", "gauss_legendre"] = "right"
