@@ -1,5 +1,13 @@
 """Attribution for any ONNX classifier: RectGrad and its baselines, layer by layer."""
 
+from importlib.util import find_spec
+
+# In a clone, `kernels` and `onnx_models` lie beside this folder; only installing maps them into it.
+if find_spec("rectgrad_ref.kernels") is None:
+    raise ImportError(
+        "rectgrad_ref is not installed: run  pip install -e '.[cpu]'  in the repository's root"
+    )
+
 from .attribution import Attribution, Layer
 from .explainer import Explainer, explain, methods
 from .methods import (
