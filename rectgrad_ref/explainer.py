@@ -293,6 +293,7 @@ class _Run:
     ) -> None:
         self.explainer, self.x, self.method, self.keys = explainer, x, method, keys
         self.forward = explainer.backend.forward
+        self.baseline = method.reference_input(x)
         first = self._prepared(1)
         self.chunk = explainer.chunk(first)
         self.notes = method.notes(self._prepared(min(self.chunk, max(len(x), 1))).graph)
@@ -319,10 +320,9 @@ class _Run:
 
     def gap(self, values: np.ndarray) -> np.ndarray | None:
         """Σ values − (S(x) − S(x₀))."""
-        baseline = self.method.reference_input(self.x)
-        if baseline is None:
+        if self.baseline is None:
             return None
-        there = self._scores(baseline)
+        there = self._scores(self.baseline)
         rows = np.arange(len(self.x))
         difference = self.logits[rows, self.target] - there[rows, self.target]
         return np.asarray(values.reshape(len(self.x), -1).sum(axis=1) - difference)
@@ -378,9 +378,9 @@ class _Run:
         chosen = self._choose(scores, rows) if target is None else target
         baseline: Values = NOTHING
         if plan.contrasts:
-            there = self.method.reference_input(x)
-            assert there is not None
-            baseline = {**prepared.constants, **self.forward(graph, there, plan.exposes)}
+            assert self.baseline is not None
+            there = self.forward(graph, self.baseline[rows], plan.exposes)
+            baseline = {**prepared.constants, **there}
         R = self.explainer.backend.walk(
             plan,
             {**prepared.constants, **values},
