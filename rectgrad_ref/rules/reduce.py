@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def _axes(node: Node, rank: int, axes: Array | None) -> tuple[int, ...]:
     if axes is None or axes.size == 0:
         return () if node.attributes.get("noop_with_empty_axes") else tuple(range(rank))
-    return tuple(int(a) % rank for a in axes)
+    return tuple(sorted(int(a) % rank for a in axes))
 
 
 def _keeps(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
@@ -72,9 +72,7 @@ def reduce_data(node: Node, R: Array, *, axes: Array | None) -> Array:
 
 
 @vjp("ReduceMax", "ReduceMin", wrt="data")
-def extremum_data(
-    node: Node, R: Array, *, data: Array, axes: Array | None, reduced: Array
-) -> Array:
+def extremum_data(node: Node, R: Array, *, data: Array, axes: Array | None) -> Array:
     """To the first unit, in row-major order, that attains the extremum."""
     over = _axes(node, data.ndim, axes)
     kept = tuple(i for i in range(data.ndim) if i not in over)
