@@ -89,7 +89,11 @@ def dropout_data(node: Node, R: Array) -> Array:
 
 @operator("Cast", batch=elementwise)
 def cast(node: Node, input: Array) -> Array:
-    return input.astype(helper.tensor_dtype_to_np_dtype(node["to"]))
+    to = np.dtype(helper.tensor_dtype_to_np_dtype(node["to"]))
+    # Whatever the file declares, all floating-point values of a pass are in its compute dtype.
+    if node.constants[0] is None and input.dtype.kind == to.kind == "f":
+        return input
+    return input.astype(to)
 
 
 @vjp("Cast", wrt="input")
@@ -174,9 +178,9 @@ def _slices(
     for i, axis in enumerate(where):
         start, end, step = int(starts[i]), int(ends[i]), 1 if steps is None else int(steps[i])
         if step < 0:
-            # ONNX clamps a negative end to −1, "before the first"; Python would count from behind.
+            # ONNX clamps a start to the first cell and an end to −1, "before the first".
             stop = None if end < -shape[axis] else end
-            result[axis] = slice(start, stop, step)
+            result[axis] = slice(max(start, -shape[axis]), stop, step)
         else:
             result[axis] = slice(start, end, step)
     return tuple(result)
@@ -256,6 +260,10 @@ def _crop(x: Array, widths: list[tuple[int, int]]) -> Array:
     ]
 
 
+def _padded(x: Array, widths: list[tuple[int, int]], mode: Any, **options: Any) -> Array:
+    return np.pad(_crop(x, widths), [(max(b, 0), max(e, 0)) for b, e in widths], mode, **options)
+
+
 @operator("Pad", batch=_unchanged_extent)
 def pad(
     node: Node,
@@ -264,13 +272,11 @@ def pad(
     constant_value: Array | None = None,
     axes: Array | None = None,
 ) -> Array:
-    widths = _pad_widths(node, pads, axes)
-    grown = [(max(b, 0), max(e, 0)) for b, e in widths]
-    data, mode = _crop(data, widths), node["mode"]
+    widths, mode = _pad_widths(node, pads, axes), node["mode"]
     if mode != "constant":
-        return np.pad(data, grown, mode)
+        return _padded(data, widths, mode)
     value = 0 if constant_value is None else constant_value.item()
-    return np.pad(data, grown, "constant", constant_values=value)
+    return _padded(data, widths, mode, constant_values=value)
 
 
 @vjp("Pad", wrt="data")
@@ -278,11 +284,10 @@ def pad_data(node: Node, R: Array, *, pads: Array, axes: Array | None) -> Array:
     """Every input cell collects the gradient of all output cells that are copies of it."""
     shape, widths = _input_shape(node), _pad_widths(node, pads, axes)
     if node["mode"] == "constant":
-        inner = _crop(R, [(-b, -e) for b, e in widths])
-        return np.pad(inner, [(max(-b, 0), max(-e, 0)) for b, e in widths])
-    for axis, (begin, end) in enumerate(widths):
-        if begin or end:
-            source = np.pad(np.arange(shape[axis]), (begin, end), node["mode"])
+        return _padded(R, [(-b, -e) for b, e in widths], "constant")
+    for axis, width in enumerate(widths):
+        if any(width):
+            source = _padded(np.arange(shape[axis]), [width], node["mode"])
             folded = np.zeros((*R.shape[:axis], shape[axis], *R.shape[axis + 1 :]), R.dtype)
             index: Any = (slice(None),) * axis + (source,)
             np.add.at(folded, index, R)
