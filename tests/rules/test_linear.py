@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from helpers import Case, generators, reach, rule_tests, spread, windows
 from hypothesis import strategies as st
 

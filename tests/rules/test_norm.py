@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from helpers import NEWEST, Case, generators, rule_tests, shapes, spread
 from hypothesis import strategies as st
 
