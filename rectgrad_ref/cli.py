@@ -489,7 +489,7 @@ def _show(facts: dict[str, Any], rules: Sequence[str], as_json: bool) -> None:
     before = f" (before {facts['head']})" if facts["head"] else ""
     print(f"{'scores':8}{facts['scores']}{before}: {facts['classes']} classes")
     print(f"{'layers':8}{len(facts['layers'])} activations")
-    print(f"{'backend':8}{facts['backend']}: {facts['forward']}, {facts['dtype']}\n")
+    print(f"{'backend':8}{facts['backend']}: {facts['forward']}\n")
     _print_table(
         ("node", "operator", "rule", "reads", "runs as"),
         [
