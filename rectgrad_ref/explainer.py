@@ -15,15 +15,15 @@ import onnx
 from . import analysis
 from .attribution import Attribution, Layer
 from .errors import InvalidModel, InvalidTarget, RectGradWarning
-from .executors import Backend, make_backend
+from .executors import Backend, Runner, make_backend
 from .graph import Graph, InputSpec, freeze, input_spec, output_name
 from .images import Layout, PreprocessLike, infer_layout, prepare
 from .labels import class_names
 from .methods import METHODS, Method, make_method
 from .model import Model, ModelSource, read_model
 from .plan import Plan, Step, make_plan
-from .reference import NOTHING, Observer, constants_as
-from .rules.declared import Rectify, Values
+from .reference import Observer
+from .rules.declared import Rectify
 
 # Activations, gradients and temporaries of one chunk may together take about this much.
 _CHUNK_BYTES = 2**30
@@ -34,11 +34,11 @@ Targets = int | str | Sequence[int | str] | np.ndarray | None
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """A plan at one input shape, with the constants that it reads in the compute dtype."""
+    """A plan at one input shape, ready to run."""
 
     graph: Graph
     plan: Plan
-    constants: Values
+    runner: Runner
 
 
 class Explainer:
@@ -248,11 +248,7 @@ class Explainer:
         if key not in self._plans:
             graph = self._graph(shape)
             plan = make_plan(graph, method.rules(graph))
-            read = {v for step in plan.steps for v in step.reads} & graph.constants.keys()
-            constants = constants_as(
-                {name: graph.constants[name] for name in read}, self.backend.forward.dtype
-            )
-            self._plans[key] = _Prepared(graph, plan, constants)
+            self._plans[key] = _Prepared(graph, plan, self.backend.runner(plan))
         return self._plans[key]
 
     def _graph(self, shape: tuple[int, ...]) -> Graph:
@@ -366,29 +362,19 @@ class _Run:
         rows: slice,
         layers: dict[str, Layer] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Logits (n, classes) and R at the input, for one chunk."""
+        """Scores (n, classes) and R at the input, for one chunk."""
         prepared = self._prepared(len(x))
-        graph, plan = prepared.graph, prepared.plan
-        names = (graph.logits, *plan.exposes)
-        if layers is not None:  # the trace shows every activation, also where no rule reads it
-            names += tuple(s.node.outputs[0] for s in plan.steps if s.node.name in plan.layers)
-        values = self.forward(graph, x, names)
-        shaped = values[graph.logits]
-        scores = shaped.reshape(len(x), -1)
-        chosen = self._choose(scores, rows) if target is None else target
-        baseline: Values = NOTHING
-        if plan.contrasts:
-            assert self.baseline is not None
-            there = self.forward(graph, self.baseline[rows], plan.exposes)
-            baseline = {**prepared.constants, **there}
-        R = self.explainer.backend.walk(
-            plan,
-            {**prepared.constants, **values},
-            _seed(scores, chosen, self.method.output_seed).reshape(shaped.shape),
-            baseline=baseline,
-            observe=None if layers is None else _recorder(layers, values, graph.batch),
+
+        def seed_of(scores: np.ndarray) -> np.ndarray:
+            chosen = self._choose(scores, rows) if target is None else target
+            return _seed(scores, chosen, self.method.output_seed)
+
+        return prepared.runner(
+            x,
+            seed_of,
+            baseline=None if self.baseline is None else self.baseline[rows],
+            observe=None if layers is None else _recorder(layers, prepared.graph.batch),
         )
-        return scores, R
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         parts = []
@@ -453,16 +439,14 @@ def _class_index(item: Any, classes: int, names: Sequence[str] | None) -> int:
     return int(item)
 
 
-def _recorder(layers: dict[str, Layer], values: Values, samples: int) -> Observer:
+def _recorder(layers: dict[str, Layer], samples: int) -> Observer:
     """An observer that fills `layers`, from the logits back."""
 
-    def observe(step: Step, R_out: np.ndarray, R_in: np.ndarray) -> None:
-        name = step.node.outputs[0]
-        a = values[name]
+    def observe(step: Step, a: np.ndarray, R_out: np.ndarray, R_in: np.ndarray) -> None:
         tau = mask = None
         if isinstance(step.rule, Rectify):
             mask, tau = step.rule.select(a, R_out, samples)
-        layers[name] = Layer(a, R_out, R_in, tau, mask)
+        layers[step.node.outputs[0]] = Layer(a, R_out, R_in, tau, mask)
 
     return observe
 
@@ -514,7 +498,7 @@ class PlanListing:
                 "rule": str(step.rule),
                 "reads": list(step.reads),
                 "writes": list(step.writes),
-                "backend": self.backend.runs_as(step),
+                "backend": self.backend.runs_as(step, self.plan.graph.batch),
             }
             for step in self.plan.steps
         ]

@@ -6,8 +6,10 @@ onnxruntime, which runs the user's own model with those values as additional out
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,7 +124,7 @@ class OnnxruntimeForward:
         self._model, self._input, self._rebatch = model, input, rebatch
         self._input_dtype = input_spec(model, input).dtype
         self._providers, self._threads = list(providers), threads
-        self._sessions: dict[tuple[str, ...], Any] = {}
+        self._sessions: dict[tuple[Any, ...], Any] = {}
         available = self._runtime.get_available_providers()
         for provider in providers:
             if provider not in available:
@@ -132,12 +134,34 @@ class OnnxruntimeForward:
                 )
         self.description = f"onnxruntime {self._runtime.__version__} ({', '.join(providers)})"
 
-    def __call__(self, graph: Graph, x: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def __call__(
+        self,
+        graph: Graph,
+        x: np.ndarray,
+        names: Sequence[str],
+        into: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> dict[str, np.ndarray]:
+        """The values called `names`; those of `into` are written there.
+
+        Parameters
+        ----------
+        into : mapping of str to numpy.ndarray
+            float32 arrays to be filled, images channels last: (N, H, W, C). onnxruntime computes in
+            a layout of its own, so that this costs it no more than channels first.
+        """
         asked = tuple(name for name in dict.fromkeys(names) if name != graph.input)
-        session = self._session(graph, asked)
-        feed = {graph.input: np.ascontiguousarray(x.astype(self._input_dtype, copy=False))}
+        session = self._session(graph, asked, tuple(into))
+        feed = np.ascontiguousarray(x.astype(self._input_dtype, copy=False))
         try:
-            arrays = session.run(list(asked), feed)
+            binding = session.io_binding()
+            binding.bind_cpu_input(graph.input, feed)
+            for name in asked:
+                binding.bind_output(name)
+            for name, array in into.items():
+                place = (array.shape, array.ctypes.data)
+                binding.bind_output(_last(name), "cpu", 0, np.float32, *place)
+            session.run_with_iobinding(binding)
+            arrays = binding.copy_outputs_to_cpu()[: len(asked)] if asked else []
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise InvalidModel(f"{graph.model.name}: onnxruntime failed: {error}") from error
         values = dict(zip(asked, map(self._typed, arrays), strict=True))
@@ -148,15 +172,19 @@ class OnnxruntimeForward:
         is_float = np.issubdtype(value.dtype, np.floating)
         return value.astype(self.dtype, copy=False) if is_float else value
 
-    def _session(self, graph: Graph, names: tuple[str, ...]) -> Any:
-        if names not in self._sessions:
+    def _session(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> Any:
+        # The threads of a session do not survive a fork; the child makes its own.
+        key = (os.getpid(), names, last)
+        if key not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
+            # Threads that spin on after a run would take the processors from the walk back.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
-            data = self._exposed(graph, names)
+            data = self._exposed(graph, names, last)
             try:
-                self._sessions[names] = self._runtime.InferenceSession(
+                self._sessions[key] = self._runtime.InferenceSession(
                     data, options, providers=self._providers
                 )
             except Exception as error:
@@ -164,10 +192,10 @@ class OnnxruntimeForward:
                     f"onnxruntime {self._runtime.__version__} refuses {self._model.name}: {error}. "
                     "backend='reference' runs without it."
                 ) from error
-        return self._sessions[names]
+        return self._sessions[key]
 
-    def _exposed(self, graph: Graph, names: tuple[str, ...]) -> bytes:
-        """The model with `names` as its only outputs, serialised."""
+    def _exposed(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> bytes:
+        """The model with these values as its only outputs, those of `last` channels last."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self._model.proto)
         # Declared shapes may state the batch size of the export, and decide nothing.
@@ -176,11 +204,33 @@ class OnnxruntimeForward:
         for name in names:
             kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[name])
             proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+        for name in last:
+            proto.graph.node.extend(_channels_last(graph, name))
+            value = helper.make_tensor_value_info(_last(name), onnx.TensorProto.FLOAT, None)
+            proto.graph.output.append(value)
         if self._rebatch:
             for value in proto.graph.input:
                 if value.name == self._input:
                     value.type.tensor_type.shape.dim[0].dim_param = "N"
         return proto.SerializeToString()
+
+
+def _last(name: str) -> str:
+    return f"{name}/channels_last"
+
+
+def _channels_last(graph: Graph, name: str) -> list[onnx.NodeProto]:
+    """Nodes that compute the value in float32, images channels last."""
+    source, result = name, _last(name)
+    nodes = []
+    if graph.dtypes[name] != np.float32:
+        source = f"{name}/float32"
+        nodes.append(helper.make_node("Cast", [name], [source], to=onnx.TensorProto.FLOAT))
+    if len(graph.shapes[name] or ()) == 4:
+        nodes.append(helper.make_node("Transpose", [source], [result], perm=[0, 2, 3, 1]))
+    else:
+        nodes.append(helper.make_node("Identity", [source], [result]))
+    return nodes
 
 
 def import_onnxruntime() -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from .plan import Plan, Step
 from .rules.declared import Call, Values
 
-Observer = Callable[[Step, np.ndarray, np.ndarray], None]
+Observer = Callable[[Step, np.ndarray, np.ndarray, np.ndarray], None]
 NOTHING: Values = MappingProxyType({})
 
 
@@ -34,7 +34,7 @@ def walk(
     baseline : mapping of str to numpy.ndarray
         The same values at the baseline, where the plan contrasts.
     observe : callable, optional
-        Called with the step, R_out and R_in of every activation.
+        Called at every activation with the step, its output a, R_out and R_in.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def walk(
             gradient = step.rule(call)
             R[name] = R[name] + gradient if name in R else gradient
             if observe is not None and step.node.name in plan.layers:
-                observe(step, outgoing[0], gradient)
+                observe(step, values[step.node.outputs[0]], outgoing[0], gradient)
     return R[plan.graph.input]
 
 

@@ -1,4 +1,4 @@
-"""Backends: a forward pass and a walk back. They run a plan and know nothing of methods."""
+"""Backends: they run plans and know nothing of methods."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy as np
 from ..errors import BackendUnavailable
 from ..forward import Forward, NumpyForward, OnnxruntimeForward, import_onnxruntime
 from ..model import Model
-from ..plan import Step
-from ..reference import walk
+from ..plan import Plan, Step
+from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 BACKENDS = ("auto", "cpu", "reference")
 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """What runs a plan.
+    """What runs plans of one model.
 
     Attributes
     ----------
     name : str
     forward : Forward
-    walk : callable
-        Signature and meaning of `rectgrad_ref.reference.walk`.
+    runner : callable
+        Makes a plan ready to run.
     runs_as : callable
-        Step → what executes it, for the printed plan.
+        Step and batch size → what executes it, for the printed plan.
     """
 
     name: str
     forward: Forward
-    walk: Callable[..., np.ndarray]
-    runs_as: Callable[[Step], str]
+    runner: Callable[[Plan], Runner]
+    runs_as: Callable[[Step, int], str]
 
 
 def make_backend(
@@ -45,10 +45,14 @@ def make_backend(
     Parameters
     ----------
     name : str
-        ``"cpu"``: onnxruntime forward; ``"reference"``: NumPy throughout; ``"auto"``: the first
-        that is installed.
+        ``"cpu"``: onnxruntime forward, compiled walk back; ``"reference"``: NumPy throughout;
+        ``"auto"``: the first that is installed.
+    rebatch : bool
+        Whether to make the declared batch extent symbolic.
     dtype : dtype or None
         float64 (the default) or float32 on ``"reference"``; float32 elsewhere.
+    threads : int or None
+        Of the forward pass and of the walk back; None: one per processor.
 
     Raises
     ------
@@ -65,11 +69,20 @@ def make_backend(
     if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise ValueError(f"dtype must be float32 or float64, got {wanted}")
     if name == "reference":
-        return Backend(name, NumpyForward(wanted), walk, lambda step: "numpy")
+        numpy_forward = NumpyForward(wanted)
+        return Backend(
+            name,
+            numpy_forward,
+            lambda plan: StepwiseRunner(plan, numpy_forward),
+            lambda step, batch: "numpy",
+        )
     if wanted != np.float32:
         raise ValueError("backend='cpu' computes in float32; float64 needs backend='reference'")
+    from .compiled import CompiledBackend
+
     forward = OnnxruntimeForward(model, input, rebatch=rebatch, threads=threads)
-    return Backend(name, forward, walk, lambda step: "numpy")
+    compiled = CompiledBackend(forward, threads)
+    return Backend(name, forward, compiled.runner, compiled.runs_as)
 
 
 def _first_available(dtype: Any) -> str:
@@ -80,3 +93,6 @@ def _first_available(dtype: Any) -> str:
     except BackendUnavailable:
         return "reference"
     return "cpu"
+
+
+__all__ = ["BACKENDS", "Backend", "Observer", "Runner", "SeedOf", "make_backend"]

@@ -1,0 +1,809 @@
+"""The walk back on the CPU: a table of operations, run sample by sample by one compiled function.
+
+Arrays in, arrays out: nothing here knows graphs or methods. A gradient lives in a *sheet*,
+channels last: `pixels` rows of `channels` floats, `stride` floats apart, in one arena per sample. A
+byte per pixel says whether the row holds anything; a row that does not has never been cleared, and
+counts as zero. Activations are channels last too, weights are (C_out, kh, kw, C_in per group).
+
+RectGrad keeps about 2 % of a layer's units, so what passes an activation is a list of nonzeros by
+pixel (CSR), and a convolution's transpose adds a row of weights per nonzero and kernel row:
+
+    g[ih, iw + j, :] += v · w[co, i, j, :]        ih = oh·sh + i·dh − pad_top, iw likewise,
+
+a run of kw · C_in contiguous floats where dw = 1. Which path a step takes depends on shapes and on
+how many nonzeros there are, and on nothing else.
+
+All threads of a team run the same code on the same sample. They share the pixels of an activation
+by ranges, and the result of a scatter by rows or by channels; so every float is summed by one
+thread, in one order, whatever the team's size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .team import wait
+
+# Operations.
+ACTIVATE, SCATTER, STORE, COMPACT, MAX_POOL, AVERAGE_POOL, ADD, SCALE, FORGET, STOP = range(10)
+
+# Columns of the table: what an operation reads (source), adds to (target), and its geometry.
+(
+    OP, S_OFFSET, S_STRIDE, S_TOUCHED, S_H, S_W, S_C, T_OFFSET, T_STRIDE, T_TOUCHED, T_H, T_W, T_C,
+    A_OFFSET, A_LENGTH, A_STRIDE, W_OFFSET, KH, KW, SH, SW, DH, DW, TOP, LEFT, GROUP, BORDER, MODE,
+    RANK_LOW, RANK_HIGH, DENSE, COUNT_PAD, C_FIRST, C_LAST, PADDED_H, PADDED_W, STRICT, S_BASE,
+    COLUMNS,
+) = range(39)  # fmt: skip
+# Columns of the float table.
+FRACTION, TAU, EPS, CEILING, FLOATS = range(5)
+
+# What an activation lets pass, from its output a and the gradient r that arrives.
+PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = range(6)
+
+# Shared words of a team: how many nonzeros, the threshold or its bound, whether it is final.
+COUNT, THRESHOLD, FINAL, SHARED = 0, 8, 16, 24
+_SAMPLED = 2048
+_BLOCK = 16
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _score(mode, a, r, eps):
+    if mode == PASS_AR:
+        return a * r
+    if mode == PASS_ABS_AR:
+        return abs(a * r)
+    return (a + eps) * r
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _passes(mode, a, r, eps):
+    """What passes without a threshold: also RectGrad at τ = 0, decided on signs."""
+    if mode == PASS_ACTIVE:
+        return a > 0
+    if mode == PASS_POSITIVE:
+        return r > 0
+    if mode == PASS_BOTH:
+        return a > 0 and r > 0
+    if mode == PASS_AR:
+        return (a > 0 and r > 0) or (a < 0 and r < 0)
+    if mode == PASS_ABS_AR:
+        return a != 0
+    return (a + eps > 0 and r > 0) or (a + eps < 0 and r < 0)
+
+
+@njit(nogil=True, cache=True)
+def _share(n, member, members):
+    return n * member // members, n * (member + 1) // members
+
+
+@njit(nogil=True, cache=True)
+def _emit_passing(row, a, r, mode, eps, ceiling, base, channels, values):
+    """Append the nonzero gradients that pass without a threshold; returns the new end."""
+    end = base
+    for c in range(row.size):
+        if row[c] != 0 and a[c] < ceiling and _passes(mode, a[c], row[c], eps):
+            channels[end] = c
+            values[end] = row[c]
+            end += 1
+    return end
+
+
+@njit(nogil=True, cache=True)
+def _emit_above(row, a, mode, eps, bound, base, channels, values, scores):
+    """Append the units whose score is above `bound`; returns the new end.
+
+    Blocks without any are passed over by one vector comparison.
+    """
+    end = base
+    n = row.size
+    whole = n - n % _BLOCK
+    for b in range(0, whole, _BLOCK):
+        block, active = row[b : b + _BLOCK], a[b : b + _BLOCK]
+        hit = False
+        for j in range(_BLOCK):
+            hit |= _score(mode, active[j], block[j], eps) > bound
+        if hit:
+            for j in range(_BLOCK):
+                s = _score(mode, active[j], block[j], eps)
+                if s > bound:
+                    channels[end] = b + j
+                    values[end] = block[j]
+                    scores[end] = s
+                    end += 1
+    for c in range(whole, n):
+        s = _score(mode, a[c], row[c], eps)
+        if s > bound:
+            channels[end] = c
+            values[end] = row[c]
+            scores[end] = s
+            end += 1
+    return end
+
+
+@njit(nogil=True, cache=True)
+def nth_largest(values, k):
+    """The k-th largest (0-based) of `values`, which are reordered. Quickselect, three-way."""
+    low, high = 0, values.size - 1
+    while low < high:
+        a, b, c = values[low], values[(low + high) // 2], values[high]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i, lt, gt = low, low, high
+        while i <= gt:
+            v = values[i]
+            if v > pivot:
+                values[i] = values[lt]
+                values[lt] = v
+                lt += 1
+                i += 1
+            elif v < pivot:
+                values[i] = values[gt]
+                values[gt] = v
+                gt -= 1
+            else:
+                i += 1
+        if k < lt:
+            high = lt - 1
+        elif k > gt:
+            low = gt + 1
+        else:
+            return pivot
+    return values[low]
+
+
+@njit(nogil=True, cache=True)
+def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
+    """A score that, by a sample, somewhat more than `rank` units exceed; at least 0."""
+    pixels, channels = op[S_H] * op[S_W], op[S_C]
+    n = pixels * channels
+    taken = min(_SAMPLED, n)
+    for i in range(taken):
+        unit = (i * n + n // 2) // taken
+        # Spread over the channels too, whatever divides them.
+        p, c = unit // channels, (unit + i * 7919) % channels
+        s = np.float32(0)
+        if touched[op[S_TOUCHED] + p]:
+            r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+            s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
+        work[i] = s
+    expected = (rank + 1) / n * taken
+    wanted = int(expected + 4 * np.sqrt(expected) + 4)
+    if wanted >= taken:
+        return np.float32(0)
+    return max(nth_largest(work[:taken], wanted), np.float32(0))
+
+
+@njit(nogil=True, cache=True)
+def _exact_ranks(op, arena, touched, active, mode, eps, low, high, work):
+    """Both order statistics from all scores, for thresholds that may be negative."""
+    pixels, channels = op[S_H] * op[S_W], op[S_C]
+    for p in range(pixels):
+        for c in range(channels):
+            s = np.float32(0)
+            if touched[op[S_TOUCHED] + p]:
+                r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+                s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
+            work[p * channels + c] = s
+    n = pixels * channels
+    upper = nth_largest(work[:n], high)
+    return (upper if low == high else nth_largest(work[:n], low)), upper
+
+
+@njit(nogil=True, cache=True)
+def _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr):
+    """Collect units of the pixels first … last; bound < 0 stands for "whatever passes"."""
+    begins, ends, channels, values, scores = csr
+    width = op[S_C]
+    end = first * width
+    for p in range(first, last):
+        begins[p] = end
+        if touched[op[S_TOUCHED] + p]:
+            start = op[S_OFFSET] + p * op[S_STRIDE]
+            row = arena[start : start + width]
+            where = op[A_OFFSET] + p * op[A_STRIDE]
+            a = active[where : where + width]
+            if bound < 0:
+                end = _emit_passing(row, a, row, mode, eps, ceiling, end, channels, values)
+            else:
+                end = _emit_above(row, a, mode, eps, bound, end, channels, values, scores)
+        ends[p] = end
+    return end - first * width
+
+
+@njit(nogil=True, cache=True)
+def _filter(op, first, last, active, tau, ceiling, csr):
+    """Keep the collected units whose score is above τ and whose activation is below the ceiling."""
+    begins, ends, channels, values, scores = csr
+    kept = 0
+    for p in range(first, last):
+        end = begins[p]
+        where = op[A_OFFSET] + p * op[A_STRIDE]
+        for i in range(begins[p], ends[p]):
+            c = channels[i]
+            if np.float64(scores[i]) > tau and values[i] != 0 and active[where + c] < ceiling:
+                channels[end] = c
+                values[end] = values[i]
+                end += 1
+        ends[p] = end
+        kept += end - begins[p]
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _collected(csr, pixels, work):
+    """Copy the scores of all candidates together; returns how many there are."""
+    begins, ends, _, _, scores = csr
+    n = 0
+    for p in range(pixels):
+        for i in range(begins[p], ends[p]):
+            work[n] = scores[i]
+            n += 1
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _negatives(op, first, last, arena, touched, active, mode, eps):
+    count = 0
+    for p in range(first, last):
+        if touched[op[S_TOUCHED] + p]:
+            for c in range(op[S_C]):
+                r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+                if _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps) < 0:
+                    count += 1
+    return count
+
+
+@njit(nogil=True, cache=True)
+def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, members, barrier):
+    """τ of this layer, after which the candidates in `csr` include every unit above it.
+
+    Returns τ; where it is negative or zero the candidates are not complete, and `_passes` or a scan
+    of all units decides.
+    """
+    mode, eps = op[MODE], np.float32(floats[EPS])
+    low, high = op[RANK_LOW], op[RANK_HIGH]
+    pixels = op[S_H] * op[S_W]
+    first, last = _share(pixels, member, members)
+    if member == 0:
+        shared[THRESHOLD] = _sampled_bound(op, arena, touched, active, mode, eps, low, work)
+    wait(barrier, members)
+    bound = np.float32(shared[THRESHOLD])
+    while True:
+        _scan(op, first, last, arena, touched, active, mode, eps, np.inf, bound, csr)
+        wait(barrier, members)
+        if member == 0:
+            found = _collected(csr, pixels, work)
+            if found > low:
+                upper = nth_largest(work[:found], high)
+                lower = upper if low == high else nth_largest(work[:found], low)
+                top, bottom = np.float64(upper), np.float64(lower)
+                shared[THRESHOLD] = bottom + (top - bottom) * floats[FRACTION]
+                shared[FINAL] = 1
+            elif bound > 0:
+                shared[THRESHOLD] = 0
+                shared[FINAL] = 0
+            else:
+                n = pixels * op[S_C]
+                below = _negatives(op, 0, pixels, arena, touched, active, mode, eps)
+                if n - below > low and found <= high:
+                    shared[THRESHOLD] = 0
+                else:
+                    lower, upper = _exact_ranks(
+                        op, arena, touched, active, mode, eps, low, high, work
+                    )
+                    top, bottom = np.float64(upper), np.float64(lower)
+                    shared[THRESHOLD] = bottom + (top - bottom) * floats[FRACTION]
+                shared[FINAL] = 1
+        wait(barrier, members)
+        done, bound = shared[FINAL] == 1, np.float32(shared[THRESHOLD])
+        tau = shared[THRESHOLD]
+        wait(barrier, members)
+        if done:
+            return tau
+
+
+@njit(nogil=True, cache=True)
+def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, tau, csr):
+    """τ < 0: units of zero score pass as well, so every touched unit is compared."""
+    begins, ends, channels, values, _ = csr
+    width = op[S_C]
+    end, kept = first * width, 0
+    for p in range(first, last):
+        begins[p] = end
+        if touched[op[S_TOUCHED] + p]:
+            for c in range(width):
+                r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+                a = active[op[A_OFFSET] + p * op[A_STRIDE] + c]
+                alive = a < ceiling and (a > 0 or not op[STRICT])
+                if r != 0 and alive and np.float64(_score(mode, a, r, eps)) > tau:
+                    channels[end] = c
+                    values[end] = r
+                    end += 1
+        ends[p] = end
+        kept += end - begins[p]
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _clear_border(op, csr):
+    """The padding trick: forget what lies in the first and last cell of a spatial axis."""
+    begins, ends = csr[0], csr[1]
+    h, w = op[S_H], op[S_W]
+    for y in range(h):
+        for x in range(w):
+            if y == 0 or y == h - 1 or x == 0 or x == w - 1:
+                ends[y * w + x] = begins[y * w + x]
+
+
+@njit(nogil=True, cache=True)
+def _count(csr, pixels):
+    n = 0
+    for p in range(pixels):
+        n += csr[1][p] - csr[0][p]
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _activate(op, floats, arena, touched, active, csr, work, shared, member, members, barrier):
+    """Collect what passes the activation."""
+    mode, eps = op[MODE], np.float32(floats[EPS])
+    ceiling = np.float32(floats[CEILING])
+    first, last = _share(op[S_H] * op[S_W], member, members)
+    thresholded = mode >= PASS_AR
+    tau = floats[TAU]
+    if thresholded and np.isnan(tau):
+        tau = _find_tau(
+            op, arena, touched, active, csr, work, shared, floats, member, members, barrier
+        )
+        if tau > 0:
+            _filter(op, first, last, active, tau, ceiling, csr)
+            wait(barrier, members)
+            return
+    if not thresholded or tau == 0:
+        _scan(op, first, last, arena, touched, active, mode, eps, ceiling, np.float32(-1), csr)
+    elif tau > 0:
+        bound = np.float32(0)
+        _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr)
+        _filter(op, first, last, active, tau, ceiling, csr)
+    else:
+        _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, tau, csr)
+    wait(barrier, members)
+
+
+@njit(nogil=True, cache=True)
+def _compact(op, arena, touched, csr, member, members, barrier):
+    """A sheet's nonzeros by pixel."""
+    begins, ends, channels, values, _ = csr
+    width = op[S_C]
+    first, last = _share(op[S_H] * op[S_W], member, members)
+    end = first * width
+    for p in range(first, last):
+        begins[p] = end
+        if touched[op[S_TOUCHED] + p]:
+            start = op[S_OFFSET] + p * op[S_STRIDE]
+            row = arena[start : start + width]
+            for c in range(width):
+                if row[c] != 0:
+                    channels[end] = c
+                    values[end] = row[c]
+                    end += 1
+        ends[p] = end
+    wait(barrier, members)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _touch(op, arena, touched, p, first, last):
+    """Make sure that the channels first … last of the target's row `p` hold numbers.
+
+    A row that nobody wrote is cleared by whoever comes first; where threads share its channels,
+    each clears its own part, and its mark is set by the caller when all have met.
+    """
+    if not touched[op[T_TOUCHED] + p]:
+        start = op[T_OFFSET] + p * op[T_STRIDE]
+        arena[start + first : start + last] = 0
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _add_rows(out, w0, w1, w2, w3, v0, v1, v2, v3):
+    for j in range(out.size):
+        out[j] = out[j] + v0 * w0[j] + v1 * w1[j] + v2 * w2[j] + v3 * w3[j]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _add_row(out, w, v):
+    for j in range(out.size):
+        out[j] = out[j] + v * w[j]
+
+
+@njit(nogil=True, cache=True)
+def _scatter_run(out, weights, start, size, per_filter, channels, values, begin, end):
+    """out += Σ v · weights[filter, run] over the nonzeros begin … end, four at a time."""
+    i = begin
+    while i + 4 <= end:
+        a = start + channels[i] * per_filter
+        b = start + channels[i + 1] * per_filter
+        c = start + channels[i + 2] * per_filter
+        d = start + channels[i + 3] * per_filter
+        _add_rows(
+            out, weights[a : a + size], weights[b : b + size], weights[c : c + size],
+            weights[d : d + size], values[i], values[i + 1], values[i + 2], values[i + 3],
+        )  # fmt: skip
+        i += 4
+    while i < end:
+        a = start + channels[i] * per_filter
+        _add_row(out, weights[a : a + size], values[i])
+        i += 1
+
+
+@njit(nogil=True, cache=True)
+def _kernel_range(origin, dilation, kernel, extent):
+    """Kernel offsets i with 0 ≤ origin + i·dilation < extent."""
+    first = 0
+    if origin < 0:
+        first = (-origin + dilation - 1) // dilation
+    last = kernel
+    if origin + (kernel - 1) * dilation >= extent:
+        last = (extent - origin + dilation - 1) // dilation
+    return first, max(first, last)
+
+
+@njit(nogil=True, cache=True)
+def _scatter_pixel(op, arena, weights, csr, y, x, row_first, row_last, c_first, c_last, touched):
+    """Add what one output pixel sends to the rows row_first … row_last of the target."""
+    begins, ends, channels, values, _ = csr
+    p = y * op[S_W] + x
+    begin, end = begins[p], ends[p]
+    if begin == end:
+        return
+    kh, kw, width = op[KH], op[KW], op[T_C]
+    top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
+    i_first, i_last = _kernel_range(top, op[DH], kh, op[T_H])
+    j_first, j_last = _kernel_range(left, op[DW], kw, op[T_W])
+    per_filter = kh * kw * width
+    one_run = op[DW] == 1 and op[T_STRIDE] == width and c_last - c_first == width
+    for i in range(i_first, i_last):
+        ih = top + i * op[DH]
+        if ih < row_first or ih >= row_last:
+            continue
+        for j in range(j_first, j_last):
+            q = ih * op[T_W] + left + j * op[DW]
+            _touch(op, arena, touched, q, c_first, c_last)
+            if c_last - c_first == width:
+                touched[op[T_TOUCHED] + q] = 1
+        where = op[T_OFFSET] + (ih * op[T_W] + left) * op[T_STRIDE]
+        if one_run:
+            size = (j_last - j_first) * width
+            start = op[W_OFFSET] + (i * kw + j_first) * width
+            at = where + j_first * width
+            _scatter_run(
+                arena[at : at + size],
+                weights,
+                start,
+                size,
+                per_filter,
+                channels,
+                values,
+                begin,
+                end,
+            )
+        else:
+            for j in range(j_first, j_last):
+                at = where + j * op[DW] * op[T_STRIDE]
+                start = op[W_OFFSET] + (i * kw + j) * width + c_first
+                size = c_last - c_first
+                _scatter_run(
+                    arena[at + c_first : at + c_last], weights, start, size, per_filter, channels,
+                    values, begin, end,
+                )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _scatter_grouped(op, arena, weights, csr, touched):
+    """Grouped and depthwise convolutions: every nonzero reaches its own group's channels only."""
+    begins, ends, channels, values, _ = csr
+    kh, kw = op[KH], op[KW]
+    outs, ins = op[S_C] // op[GROUP], op[T_C] // op[GROUP]
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            p = y * op[S_W] + x
+            if begins[p] == ends[p]:
+                continue
+            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
+            i_first, i_last = _kernel_range(top, op[DH], kh, op[T_H])
+            j_first, j_last = _kernel_range(left, op[DW], kw, op[T_W])
+            for i in range(i_first, i_last):
+                for j in range(j_first, j_last):
+                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+                    _touch(op, arena, touched, q, 0, op[T_C])
+                    touched[op[T_TOUCHED] + q] = 1
+                    at = op[T_OFFSET] + q * op[T_STRIDE]
+                    for k in range(begins[p], ends[p]):
+                        co = channels[k]
+                        to = at + co // outs * ins
+                        w = op[W_OFFSET] + ((co * kh + i) * kw + j) * ins
+                        _add_row(arena[to : to + ins], weights[w : w + ins], values[k])
+
+
+@njit(nogil=True, cache=True)
+def _scatter(op, arena, touched, weights, csr, member, members, barrier):
+    """A convolution's transpose from the nonzeros of its output's gradient."""
+    if op[GROUP] > 1:
+        if member == 0:
+            _scatter_grouped(op, arena, weights, csr, touched)
+        wait(barrier, members)
+        return
+    by_channel = members > 1 and op[T_C] >= 64 * members
+    row_first, row_last = 0, op[T_H]
+    c_first, c_last = 0, op[T_C]
+    if by_channel:
+        blocks_first, blocks_last = _share((op[T_C] + 15) // 16, member, members)
+        c_first, c_last = blocks_first * 16, min(blocks_last * 16, op[T_C])
+    else:
+        row_first, row_last = _share(op[T_H], member, members)
+    if by_channel:
+        _clear_reached(op, arena, touched, csr, c_first, c_last)
+        wait(barrier, members)
+        if member == 0:
+            _mark_reached(op, touched, csr)
+        wait(barrier, members)
+    for y in range(op[S_H]):
+        top = y * op[SH] - op[TOP]
+        if top + (op[KH] - 1) * op[DH] < row_first or top >= row_last:
+            continue
+        for x in range(op[S_W]):
+            _scatter_pixel(
+                op, arena, weights, csr, y, x, row_first, row_last, c_first, c_last, touched
+            )
+    wait(barrier, members)
+
+
+@njit(nogil=True, cache=True)
+def _clear_reached(op, arena, touched, csr, c_first, c_last):
+    """Clear this thread's channels in every row that the scatter will reach."""
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            p = y * op[S_W] + x
+            if csr[0][p] == csr[1][p]:
+                continue
+            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
+            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+            for i in range(i_first, i_last):
+                for j in range(j_first, j_last):
+                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+                    _touch(op, arena, touched, q, c_first, c_last)
+
+
+@njit(nogil=True, cache=True)
+def _mark_reached(op, touched, csr):
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            p = y * op[S_W] + x
+            if csr[0][p] == csr[1][p]:
+                continue
+            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
+            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+            for i in range(i_first, i_last):
+                for j in range(j_first, j_last):
+                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+                    touched[op[T_TOUCHED] + q] = 1
+
+
+@njit(nogil=True, cache=True)
+def _store(op, arena, touched, csr):
+    """Add a list of nonzeros to a sheet of the same pixels."""
+    begins, ends, channels, values, _ = csr
+    for p in range(op[S_H] * op[S_W]):
+        if begins[p] == ends[p]:
+            continue
+        _touch(op, arena, touched, p, 0, op[T_C])
+        touched[op[T_TOUCHED] + p] = 1
+        at = op[T_OFFSET] + p * op[T_STRIDE]
+        for i in range(begins[p], ends[p]):
+            arena[at + channels[i]] += values[i]
+
+
+@njit(nogil=True, cache=True)
+def _max_pool(op, arena, touched, active):
+    """To the first maximum in row-major window order, of the channels C_FIRST … C_LAST.
+
+    The activations hold just these channels: a pool of a concatenation takes one such row of the
+    table for each part, and the concatenation itself is never needed.
+    """
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            p = y * op[S_W] + x
+            if not touched[op[S_TOUCHED] + p]:
+                continue
+            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
+            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+            source = op[S_OFFSET] + p * op[S_STRIDE]
+            for c in range(op[C_FIRST], op[C_LAST]):
+                r = arena[source + c]
+                if r == 0:
+                    continue
+                where = op[A_OFFSET] + c - op[C_FIRST]
+                best, winner = np.float32(-np.inf), -1
+                for i in range(i_first, i_last):
+                    for j in range(j_first, j_last):
+                        q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+                        a = active[where + q * op[A_STRIDE]]
+                        if a > best or winner < 0:
+                            best, winner = a, q
+                _touch(op, arena, touched, winner, 0, op[T_C])
+                touched[op[T_TOUCHED] + winner] = 1
+                arena[op[T_OFFSET] + winner * op[T_STRIDE] + c] += r
+
+
+@njit(nogil=True, cache=True)
+def _divisor(op, top, left, i_count, j_count):
+    """Cells that an average counts, with the padding where COUNT_PAD is set.
+
+    What ``ceil_mode`` reads beyond the padded extents never counts.
+    """
+    if not op[COUNT_PAD]:
+        return i_count * j_count
+    i_first, i_last = _kernel_range(top + op[TOP], op[DH], op[KH], op[PADDED_H])
+    j_first, j_last = _kernel_range(left + op[LEFT], op[DW], op[KW], op[PADDED_W])
+    return (i_last - i_first) * (j_last - j_first)
+
+
+@njit(nogil=True, cache=True)
+def _average_pool(op, arena, touched):
+    width = op[T_C]
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            p = y * op[S_W] + x
+            if not touched[op[S_TOUCHED] + p]:
+                continue
+            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
+            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+            count = np.float32(_divisor(op, top, left, i_last - i_first, j_last - j_first))
+            source = op[S_OFFSET] + p * op[S_STRIDE]
+            for i in range(i_first, i_last):
+                for j in range(j_first, j_last):
+                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+                    _touch(op, arena, touched, q, 0, width)
+                    touched[op[T_TOUCHED] + q] = 1
+                    at = op[T_OFFSET] + q * op[T_STRIDE]
+                    for c in range(width):
+                        arena[at + c] += arena[source + c] / count
+
+
+@njit(nogil=True, cache=True)
+def _add(op, arena, touched, weights, scaled):
+    """Add a sheet to another of the same shape, times one factor per channel where `scaled`."""
+    width = op[T_C]
+    for p in range(op[S_H] * op[S_W]):
+        if not touched[op[S_TOUCHED] + p]:
+            continue
+        _touch(op, arena, touched, p, 0, width)
+        touched[op[T_TOUCHED] + p] = 1
+        at, source = op[T_OFFSET] + p * op[T_STRIDE], op[S_OFFSET] + p * op[S_STRIDE]
+        if scaled:
+            for c in range(width):
+                arena[at + c] += arena[source + c] * weights[op[W_OFFSET] + c]
+        else:
+            for c in range(width):
+                arena[at + c] += arena[source + c]
+
+
+@njit(nogil=True, cache=True)
+def advance(
+    table, floats, rows, samples, arenas, touched, active, weights, csr, work, shared, member,
+    members, barrier,
+):  # fmt: skip
+    """Run the table for each of `samples`, from row `rows[sample]`, as far as it goes.
+
+    Parameters
+    ----------
+    table : int64 array, (operations, COLUMNS)
+        Offsets into `active` are those of sample 0; sample s lies s · A_LENGTH further on.
+    floats : float64 array, (operations, FLOATS)
+    rows : int64 array, (N,)
+        Where each sample stands. On return: where it stopped, at a STOP, at a SCATTER with more
+        nonzeros than DENSE (which it left undone, its source in a sheet), or at the end.
+    samples : int64 array
+        Which samples this team runs.
+    arenas : float32 array, (N, floats per sample); touched : uint8 array, (N, marks per sample)
+    active, weights : float32 array
+    csr : tuple of arrays
+        This team's begins and ends (int64, by pixel), channels (int32), values, scores (float32).
+    work : float32 array
+        As long as the largest layer has units.
+    shared : float64 array
+        Words that the team shares.
+    member, members, barrier
+        This thread's number, the team's size, and where it meets.
+    """
+    bound = table.copy()
+    for sample in samples:
+        bound[:, A_OFFSET] = table[:, A_OFFSET] + sample * table[:, A_LENGTH]
+        stopped = _run(
+            bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, csr,
+            work, shared, member, members, barrier,
+        )  # fmt: skip
+        wait(barrier, members)
+        if member == 0:
+            rows[sample] = stopped
+
+
+@njit(nogil=True, cache=True)
+def _run(
+    table, floats, start, arena, touched, active, weights, csr, work, shared, member, members,
+    barrier,
+):  # fmt: skip
+    row = start
+    while row < table.shape[0]:
+        op = table[row]
+        kind = op[OP]
+        if kind == STOP:
+            return row
+        if kind == ACTIVATE:
+            _activate(
+                op, floats[row], arena, touched, active, csr, work, shared, member, members, barrier
+            )
+        elif kind == COMPACT:
+            _compact(op, arena, touched, csr, member, members, barrier)
+        elif kind == SCATTER:
+            if _too_many(op, arena, touched, csr, shared, member, members, barrier):
+                return row
+            _scatter(op, arena, touched, weights, csr, member, members, barrier)
+        else:
+            if member == 0:
+                _alone(op, kind, arena, touched, active, weights, csr)
+            wait(barrier, members)
+        row += 1
+    return row
+
+
+@njit(nogil=True, cache=True)
+def _too_many(op, arena, touched, csr, shared, member, members, barrier):
+    """Whether the scatter is left to a dense product; if so, its source is put into its sheet."""
+    if member == 0:
+        if op[BORDER]:
+            _clear_border(op, csr)
+        count = _count(csr, op[S_H] * op[S_W])
+        shared[COUNT] = count
+        if count > op[DENSE]:
+            _spread_out(op, arena, touched, csr)
+    wait(barrier, members)
+    dense = shared[COUNT] > op[DENSE]
+    wait(barrier, members)
+    return dense
+
+
+@njit(nogil=True, cache=True)
+def _spread_out(op, arena, touched, csr):
+    """Replace the scatter's source sheet by the list of nonzeros, every row written."""
+    begins, ends, channels, values, _ = csr
+    for p in range(op[S_H] * op[S_W]):
+        row, at = op[S_BASE] + p * op[S_STRIDE], op[S_OFFSET] + p * op[S_STRIDE]
+        if touched[op[S_TOUCHED] + p]:
+            arena[at : at + op[S_C]] = 0
+        else:
+            # The sheet may be some channels of a wider one, which shares its marks.
+            arena[row : row + op[S_STRIDE]] = 0
+            touched[op[S_TOUCHED] + p] = 1
+        for i in range(begins[p], ends[p]):
+            arena[at + channels[i]] = values[i]
+
+
+@njit(nogil=True, cache=True)
+def _alone(op, kind, arena, touched, active, weights, csr):
+    """Operations that are too small to share."""
+    if kind == STORE:
+        _store(op, arena, touched, csr)
+    elif kind == MAX_POOL:
+        _max_pool(op, arena, touched, active)
+    elif kind == AVERAGE_POOL:
+        _average_pool(op, arena, touched)
+    elif kind == ADD:
+        _add(op, arena, touched, weights, False)
+    elif kind == SCALE:
+        _add(op, arena, touched, weights, True)
+    elif kind == FORGET:
+        touched[op[T_TOUCHED] : op[T_TOUCHED] + op[T_H] * op[T_W]] = 0

@@ -1,0 +1,294 @@
+"""The `cpu` backend: onnxruntime forward, then `kernels.cpu` on a team of threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from ..forward import OnnxruntimeForward
+from ..kernels import cpu as k
+from ..kernels.team import new_barrier
+from ..plan import Plan, Step
+from ..reference import NOTHING, constants_as
+from ..rules.declared import Call, Values
+from .cpu import Program, WeightStore, add_array, array_of, is_lowerable, lower, runs_as
+from .runner import Observer, Runner, SeedOf, StepwiseRunner
+
+
+class CompiledBackend:
+    """Makes runners that share one model's weights and threads."""
+
+    def __init__(self, forward: OnnxruntimeForward, threads: int | None) -> None:
+        self.forward = forward
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.weights = WeightStore()
+
+    def runner(self, plan: Plan) -> Runner:
+        """Ready to run the plan; plans over other sample axes than 0 go step by step."""
+        if not is_lowerable(plan):
+            return StepwiseRunner(plan, self.forward)
+        return CompiledRunner(plan, self)
+
+    def runs_as(self, step: Step, batch: int) -> str:
+        """What executes the step."""
+        return runs_as(step, batch)
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What one call writes to; kept for the next one, because fresh pages are slow."""
+
+    arenas: np.ndarray
+    touched: np.ndarray
+    active: np.ndarray
+
+
+class CompiledRunner:
+    """One lowered plan."""
+
+    def __init__(self, plan: Plan, backend: CompiledBackend) -> None:
+        self.plan, self.backend = plan, backend
+        self._memories: deque[_Memory] = deque()
+
+    @cached_property
+    def program(self) -> Program:
+        """The table."""
+        return lower(self.plan, self.backend.weights, trace=False)
+
+    @cached_property
+    def traced(self) -> Program:
+        """The table that keeps the gradients at every activation."""
+        return lower(self.plan, self.backend.weights, trace=True)
+
+    @cached_property
+    def constants(self) -> Values:
+        """What steps of the reference read."""
+        graph = self.plan.graph
+        read = {v for step in self.plan.steps for v in step.reads} & graph.constants.keys()
+        return constants_as({v: graph.constants[v] for v in read}, np.dtype(np.float32))
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        seed_of: SeedOf,
+        *,
+        baseline: np.ndarray | None = None,
+        observe: Observer | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        program = self.program if observe is None else self.traced
+        graph = self.plan.graph
+        memory = self._take(program, len(x))
+        names = (graph.logits, *program.exposes)
+        if observe is not None:
+            names += tuple(s.node.outputs[0] for s in self._layers())
+        values = self.backend.forward(graph, x, names, _places(program, memory.active, len(x)))
+        there: Values = NOTHING
+        if self.plan.contrasts:
+            assert baseline is not None
+            there = {**self.constants, **self.backend.forward(graph, baseline, program.exposes)}
+        scores = values[graph.logits].reshape(len(x), -1)
+        run = _Walk(program, self.backend, memory, {**self.constants, **values}, there)
+        run.plant(seed_of(scores))
+        run.finish()
+        if observe is not None:
+            for step in self._layers():
+                a = values[step.node.outputs[0]]
+                observe(step, a, run.gradient(step.node.outputs[0]), run.gradient(step.writes[0]))
+        R = run.gradient(graph.input)
+        if program is self.program:
+            self._memories.append(memory)
+        return scores, R
+
+    def _layers(self) -> list[Step]:
+        return [step for step in self.plan.steps if step.node.name in self.plan.layers]
+
+    def _take(self, program: Program, samples: int) -> _Memory:
+        if program is self.program:
+            try:
+                return self._memories.pop()
+            except IndexError:
+                pass
+        return _Memory(
+            np.empty((samples, program.arena_size), np.float32),
+            np.empty((samples, program.touched_size), np.uint8),
+            np.empty(program.active_size, np.float32),
+        )
+
+
+def _places(program: Program, active: np.ndarray, samples: int) -> dict[str, np.ndarray]:
+    """Where the forward pass shall write each activation, channels last."""
+    places = {}
+    for value, offset in program.active.items():
+        shape = program.plan.graph.shapes[value]
+        assert shape is not None
+        last = (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 else shape
+        size = int(np.prod(shape))
+        places[value] = active[offset : offset + size].reshape(last)
+    return places
+
+
+class _Walk:
+    """One walk back for a chunk of samples."""
+
+    def __init__(
+        self,
+        program: Program,
+        backend: CompiledBackend,
+        memory: _Memory,
+        values: Values,
+        baseline: Values,
+    ) -> None:
+        self.program, self.backend, self.memory = program, backend, memory
+        self.values, self.baseline = values, baseline
+        self.samples = len(memory.arenas)
+        self.rows = np.zeros(self.samples, np.int64)
+
+    def plant(self, seed: np.ndarray) -> None:
+        """Put the gradient at the logits into its sheet."""
+        storage = self.program.sheets[self.program.plan.graph.logits].storage
+        self.memory.arenas[:, storage.offset : storage.offset + seed.shape[1]] = seed
+        self.memory.touched[:, storage.touched] = 1
+
+    def finish(self) -> None:
+        """Run the table; where samples stop at a step, do it for all that wait there.
+
+        Samples stop at different rows, because how many nonzeros are too many is asked of each.
+        Those that are behind go first, so that as many as possible meet.
+        """
+        end = len(self.program.table)
+        moving = np.arange(self.samples)
+        while True:
+            self._advance(moving)
+            row = int(self.rows.min(initial=end))
+            if row == end:
+                return
+            moving = np.flatnonzero(self.rows == row)
+            self._step(self.program.steps[row], moving)
+            self.rows[moving] += 1
+
+    def gradient(self, value: str) -> np.ndarray:
+        """R of a value whose sheet is still its own, in the value's shape."""
+        shape = self.program.plan.graph.shapes[value]
+        assert shape is not None
+        sheet = self.program.sheets[value]
+        return np.asarray(array_of(sheet, self.memory.arenas, self.memory.touched, shape))
+
+    def _step(self, step: Step, waiting: np.ndarray) -> None:
+        """The rule itself, in NumPy: a step that has no kernel, or a scatter of too many."""
+        node = step.node
+        everyone = len(waiting) == self.samples
+        pick = slice(None) if everyone else waiting
+        arenas, touched = self.memory.arenas[pick], self.memory.touched[pick]
+        R = tuple(
+            array_of(self.program.sheets[v], arenas, touched, self._shape(v, len(waiting)))
+            for v in node.outputs
+            if v
+        )
+        values = self.values if everyone else {v: self._rows(v, waiting) for v in step.reads}
+        for position, value in zip(step.positions, step.writes, strict=True):
+            call = Call(node, position, R, values, self.baseline, len(waiting))
+            add_array(self.program.sheets[value], arenas, touched, step.rule(call))
+        if not everyone:
+            self.memory.arenas[pick], self.memory.touched[pick] = arenas, touched
+
+    def _shape(self, value: str, samples: int) -> tuple[int, ...]:
+        shape = self.program.plan.graph.shapes[value]
+        assert shape is not None
+        return shape if samples == self.samples else (samples, *shape[1:])
+
+    def _rows(self, value: str, waiting: np.ndarray) -> np.ndarray:
+        constants = self.program.plan.graph.constants
+        return self.values[value] if value in constants else self.values[value][waiting]
+
+    def _advance(self, samples: np.ndarray) -> None:
+        """Each sample as far as the table goes: a thread each, or one team for few samples."""
+        with _Crew(self.backend.threads) as crew:
+            size = crew.size
+            if len(samples) >= size:
+                teams = [_Scratch(self.program) for _ in range(size)]
+                jobs = [partial(self._work, teams[i], samples[i::size], 0, 1) for i in range(size)]
+            else:
+                team = _Scratch(self.program)
+                jobs = [partial(self._work, team, samples, i, size) for i in range(size)]
+            crew.run(jobs)
+
+    def _work(self, scratch: _Scratch, samples: np.ndarray, member: int, members: int) -> None:
+        program = self.program
+        k.advance(
+            program.table,
+            program.floats,
+            self.rows,
+            samples,
+            self.memory.arenas,
+            self.memory.touched,
+            self.memory.active,
+            self.backend.weights.array,
+            scratch.csr,
+            scratch.work,
+            scratch.shared,
+            member,
+            members,
+            scratch.barrier,
+        )
+
+
+class _Scratch:
+    """What one team collects nonzeros in."""
+
+    def __init__(self, program: Program) -> None:
+        units, pixels = program.units, program.pixels
+        self.csr = (
+            np.empty(pixels, np.int64),
+            np.empty(pixels, np.int64),
+            np.empty(units, np.int32),
+            np.empty(units, np.float32),
+            np.empty(units, np.float32),
+        )
+        self.work = np.empty(max(units, 2048), np.float32)
+        self.shared = np.zeros(k.SHARED)
+        self.barrier = new_barrier()
+
+
+class _Crew:
+    """The threads that a call may use: all of them, or itself alone where others are at work."""
+
+    _lock = threading.Lock()
+    _pool: ThreadPoolExecutor | None = None
+
+    def __init__(self, size: int) -> None:
+        self.owns = _Crew._lock.acquire(blocking=False)
+        self.size = size if self.owns else 1
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.owns:
+            _Crew._lock.release()
+
+    def run(self, jobs: list[Any]) -> None:
+        """All jobs at once; they may wait for each other."""
+        others = [self._threads().submit(job) for job in jobs[1:]] if len(jobs) > 1 else []
+        jobs[0]()
+        for other in others:
+            other.result()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if _Crew._pool is None or _Crew._pool._max_workers < self.size - 1:
+            _Crew._pool = ThreadPoolExecutor(self.size - 1, thread_name_prefix="rectgrad")
+        return _Crew._pool
+
+
+def _forget_threads() -> None:
+    """A fork takes neither the threads nor who held the lock along."""
+    _Crew._lock, _Crew._pool = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_forget_threads)
