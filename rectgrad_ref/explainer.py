@@ -417,8 +417,8 @@ def _targets(
 ) -> np.ndarray | None:
     if target is None:
         return None
-    one = isinstance(target, (int, str, np.integer))
-    items = [target] * samples if one else list(target)  # type: ignore[arg-type]
+    one = isinstance(target, str) or not np.iterable(target)
+    items: list[Any] = [target] * samples if one else list(target)
     if len(items) != samples:
         raise InvalidTarget(f"{len(items)} targets for {samples} samples")
     return np.array([_class_index(item, classes, names) for item in items], np.int64)
