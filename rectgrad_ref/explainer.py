@@ -161,7 +161,7 @@ class Explainer:
             model_path=self.model.path,
         )
         x = prepared.array.astype(self.backend.forward.dtype, copy=False)
-        run = _Run(self, x, chosen, np.arange(len(x)) if keys is None else np.asarray(keys), target)
+        run = _Run(self, x, chosen, _sample_keys(keys, len(x)), target)
         for note in run.notes:
             warnings.warn(note, RectGradWarning, stacklevel=2)
         values, layers = run.attribute(trace)
@@ -410,6 +410,15 @@ def _seed(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
         return seed
     seed[rows, target] = scores[rows, target] if kind == "logit" else 1
     return seed
+
+
+def _sample_keys(keys: Sequence[int] | None, samples: int) -> np.ndarray:
+    if keys is None:
+        return np.arange(samples)
+    array = np.asarray(keys)
+    if array.shape != (samples,) or array.dtype.kind not in "iu" or array.min() < 0:
+        raise ValueError(f"keys must be one non-negative integer a sample, got {keys!r}")
+    return array
 
 
 def _targets(
