@@ -261,7 +261,7 @@ class Explainer:
     def _example_shape(self, batch: int = 1) -> tuple[int, ...]:
         declared = self.input.shape
         if None in declared[1:]:
-            known = next(iter(self._graphs), None)
+            known = next(reversed(self._graphs), None)
             if known is None:
                 raise InvalidModel(
                     f"{self.model.name}: the input's extents {declared} are symbolic; explain an "
@@ -276,7 +276,8 @@ class Explainer:
         # Symbolic spatial extents: any will do to see where the sample axis goes.
         shape = (2, *(224 if n is None else n for n in declared[1:]))
         try:
-            return analysis.is_samplewise(self._graph(shape))
+            graph = freeze(self.model, shape, input=self.input.name, output=self._output)
+            return analysis.is_samplewise(graph)
         except InvalidModel:
             return False
 
