@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,10 @@ def read_model(source: ModelSource) -> Model:
     if proto.functions:
         from onnx.inliner import inline_local_functions
 
-        proto = inline_local_functions(proto)
+        proto = inline_local_functions(proto, convert_version=True)
+    for node in proto.graph.node:
+        if node.domain == "ai.onnx":  # the default domain's other name
+            node.domain = ""
     return Model(proto, name, path, opset)
 
 
@@ -131,13 +135,18 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
     for tensor in _all_tensors(proto):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        info = ExternalDataInfo(tensor)
+        try:
+            info = ExternalDataInfo(tensor)
+            file = ((folder or Path()) / info.location).resolve()
+        except ValueError as error:
+            raise InvalidModel(
+                f"{name}: the external data of {tensor.name!r} is not well described: {error}"
+            ) from error
         if folder is None:
             raise InvalidModel(
                 f"{name}: the weights {tensor.name!r} lie in the external file {info.location!r}, "
                 "which only a model given by its path can have"
             )
-        file = (folder / info.location).resolve()
         if not file.is_relative_to(folder.resolve()):
             raise InvalidModel(
                 f"{name}: the external data of {tensor.name!r} points outside the model's folder "
@@ -163,9 +172,23 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
         del tensor.external_data[:]
 
 
-def _all_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Initializers and the tensors of Constant nodes."""
-    tensors = list(proto.graph.initializer)
-    for node in proto.graph.node:
-        tensors += [a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
-    return tensors
+def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Initializers and attributes, also of functions and sub-graphs."""
+    yield from _tensors(proto.graph)
+    for function in proto.functions:
+        yield from _tensors(function)
+
+
+def _tensors(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    sparse = []
+    if isinstance(body, onnx.GraphProto):
+        yield from body.initializer
+        sparse += body.sparse_initializer
+    for node in body.node:
+        for attribute in node.attribute:
+            yield from [attribute.t, *attribute.tensors]
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+            for graph in [attribute.g, *attribute.graphs]:
+                yield from _tensors(graph)
+    for tensor in sparse:
+        yield from [tensor.values, tensor.indices]
