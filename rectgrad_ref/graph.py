@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -25,9 +25,22 @@ from .opsets import Shape
 from .patterns import fuse
 from .rules import OPERATORS
 
+# What onnx and protobuf raise where a file is damaged.
+_DAMAGE = (
+    onnx.checker.ValidationError, shape_inference.InferenceError, RuntimeError, ValueError,
+    TypeError, LookupError, ArithmeticError,
+)  # fmt: skip
 # Constants up to this size may decide shapes (Reshape, Slice, Pad …) and are shown to inference.
 _DECIDES_SHAPES = 64
-_PASS_THROUGH = {"Flatten", "Reshape", "Identity", "Cast", "Squeeze", "ZipMap", "Dropout"}
+_PASS_THROUGH = {
+    "Flatten",
+    "Reshape",
+    "Identity",
+    "Cast",
+    "Squeeze",
+    "Dropout",
+    "ai.onnx.ml.ZipMap",
+}
 _HEADS = {"Softmax", "LogSoftmax", "Sigmoid"}
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"}
 
@@ -89,6 +102,8 @@ class Graph:
         is, the output or what enters its closing Softmax, LogSoftmax or Sigmoid.
     head : str or None
         Operator type of that closing node.
+    facts : dict
+        What `analysis` has proven so far.
     """
 
     model: Model
@@ -101,6 +116,7 @@ class Graph:
     output: str
     logits: str
     head: str | None
+    facts: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def producer(self) -> Mapping[str, Node]:
@@ -124,8 +140,8 @@ class Graph:
         return int(np.prod(shape)) // self.batch
 
     def is_float(self, value: str) -> bool:
-        """Whether a gradient can flow through the value."""
-        return value in self.dtypes and np.issubdtype(self.dtypes[value], np.floating)
+        """Whether a gradient can flow through the value; of an unknown type it may."""
+        return value not in self.dtypes or np.issubdtype(self.dtypes[value], np.floating)
 
 
 @dataclass(frozen=True)
@@ -231,10 +247,10 @@ class _Builder:
         self.types[image.name] = _tensor_type(image.dtype, input_shape)
 
     def add(self, proto: onnx.NodeProto) -> None:
+        self._infer(proto)
         node = self._modernise(proto)
         array = self._fold(node)
         if array is None:
-            self._infer(proto)
             shapes = tuple(self._shape(value) or () for value in node.outputs)
             self.nodes.append(replace(node, output_shapes=shapes))
             return
@@ -265,10 +281,16 @@ class _Builder:
 
     def _modernise(self, proto: onnx.NodeProto) -> Node:
         opset = self.model.opset
-        inputs, op = list(proto.input), proto.op_type
-        values = opsets.attributes(proto, opset)
-        name = proto.name if proto.name and proto.name not in self.names else _key(proto)
-        self.names.add(name)
+        op = f"{proto.domain}.{proto.op_type}" if proto.domain else proto.op_type
+        # What its sub-graphs read from outside is an input of a node as well.
+        inputs = [*proto.input, *(v for v in _captured(proto) if v in self.types)]
+        name = self._unique(proto.name or _key(proto))
+        try:
+            values = opsets.attributes(proto, opset)
+        except _DAMAGE as error:
+            raise InvalidModel(
+                f"{self.model.name}: an attribute of {op} {name!r} is damaged: {error}"
+            ) from error
         first = self._dtype(inputs[0]) if inputs else None
         moved = opsets.attributes_to_inputs(
             op, opset, inputs, values, first or np.dtype(np.float32)
@@ -283,6 +305,12 @@ class _Builder:
         return Node(
             op, name, tuple(inputs), tuple(proto.output), values, tuple(shapes), (), constants
         )
+
+    def _unique(self, name: str) -> str:
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        return name
 
     def _constant(self, name: str, value: np.ndarray) -> None:
         self.constants[name] = value
@@ -300,7 +328,7 @@ class _Builder:
             return None
         try:
             result = OPERATORS[node.op].forward(node, *arguments)
-        except (ValueError, IndexError, TypeError, KeyError) as error:
+        except _DAMAGE as error:
             raise InvalidModel(f"{self.model.name}: {node} cannot be computed: {error}") from error
         return result if isinstance(result, tuple) else (result,)
 
@@ -308,13 +336,21 @@ class _Builder:
         definition = opsets.schema(proto.op_type, self.model.opset, proto.domain)
         missing = [v for v in proto.input if v and v not in self.types]
         if missing:
+            others = {v.name for v in self.model.proto.graph.input}
             raise InvalidModel(
-                f"{self.model.name}: {proto.op_type} {proto.name!r} reads {missing[0]!r}, which no "
-                "node, input or initializer provides"
+                f"{self.model.name}: {proto.op_type} {proto.name or _key(proto)!r} reads "
+                f"{missing[0]!r}, "
+                + (
+                    "a second input; models of one input can be explained"
+                    if missing[0] in others
+                    else "which no node, input or initializer provides"
+                )
             )
-        if definition is None:
-            return  # a custom operator: refused by the plan, if it lies on the path
         types = {v: self.types[v] for v in proto.input if v}
+        if definition is None or any(t.WhichOneof("value") is None for t in types.values()):
+            # After an operator that onnx does not know; refused by the plan, if on the path.
+            self.types.update((v, onnx.TypeProto()) for v in proto.output)
+            return
         data = {
             v: numpy_helper.from_array(np.ascontiguousarray(self.constants[v]), v)
             for v in proto.input
@@ -322,12 +358,12 @@ class _Builder:
         }
         try:
             found = shape_inference.infer_node_outputs(definition, proto, types, data)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise InvalidModel(
                 f"{self.model.name}: {proto.op_type} {proto.name or _key(proto)!r} does not fit "
                 f"inputs of shape {', '.join(str(self._shape(v)) for v in proto.input)}: {error}"
             ) from error
-        self.types.update(found)
+        self.types.update((v, found.get(v, onnx.TypeProto())) for v in proto.output)
 
     def _shape(self, value: str) -> Shape | None:
         proto = self.types.get(value)
@@ -348,7 +384,7 @@ def _initializers(model: Model) -> dict[str, np.ndarray]:
     for tensor in model.proto.graph.initializer:
         try:
             constants[tensor.name] = numpy_helper.to_array(tensor)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except _DAMAGE as error:
             raise InvalidModel(
                 f"{model.name}: the initializer {tensor.name!r} is damaged: {error}"
             ) from error
@@ -367,7 +403,7 @@ def _tensor_type(dtype: np.dtype[Any], shape: Shape) -> onnx.TypeProto:
 
 
 def _numpy_dtype(elem_type: int) -> np.dtype[Any] | None:
-    if elem_type == TensorProto.UNDEFINED:
+    if elem_type not in helper.get_all_tensor_dtypes():
         return None
     return np.dtype(helper.tensor_dtype_to_np_dtype(elem_type))
 
@@ -434,7 +470,7 @@ def _check_scores(graph: Graph) -> None:
             f"{graph.dtypes.get(graph.logits)}"
         )
     if shape is None:
-        raise InvalidModel(f"{name}: the shape of {graph.logits!r} depends on the data")
+        return  # the plan names the operator that is the reason
     if not shape or shape[0] != graph.batch or sum(extent > 1 for extent in shape[1:]) > 1:
         raise InvalidModel(
             f"{name}: the output {graph.output!r} is no class score per sample: {graph.logits!r} "

@@ -29,7 +29,7 @@ def schema(op: str, opset: int, domain: str = "") -> defs.OpSchema | None:
     """The operator's definition in that opset, or None when onnx does not know it."""
     try:
         return defs.get_schema(op, opset, domain)
-    except defs.SchemaError:
+    except (defs.SchemaError, TypeError):  # a name that is not UTF-8 arrives as bytes
         return None
 
 

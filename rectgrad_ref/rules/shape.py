@@ -322,8 +322,8 @@ def constant(node: Node) -> Array:
     ((name, value),) = node.attributes.items()
     if name == "sparse_value":
         raise ValueError("sparse constants are not supported")
-    dtype = {"value_float": np.float32, "value_floats": np.float32}.get(name)
-    return np.asarray(value, dtype)
+    kinds = {"value_float": np.float32, "value_string": np.object_}
+    return np.asarray(value, kinds.get(name.removesuffix("s")))
 
 
 @operator("ConstantOfShape")
