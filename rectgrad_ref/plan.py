@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import analysis
-from .errors import UnsupportedOperator
+from .errors import InvalidModel, UnsupportedOperator
 from .graph import Graph, Node
 from .rules.declared import Gradient, Rule
 from .rules.registry import OPERATORS, find_vjp
@@ -78,16 +78,23 @@ def make_plan(graph: Graph, rules: RuleTable) -> Plan:
     ------
     UnsupportedOperator
         A node on the path from the input to the logits has no rule.
+    InvalidModel
+        There is no path: the logits are constant, or depend on the input by indices or masks only.
     """
     nodes = analysis.path(graph)
+    if not nodes and graph.logits != graph.input:
+        raise InvalidModel(
+            f"{graph.model.name}: no gradient flows from {graph.logits!r} to {graph.input!r}"
+        )
     positions = analysis.differentiated(graph, nodes)
-    steps = []
-    for node in reversed(nodes):
+    steps: list[Step] = []
+    # In the order of the graph, so that of several the first reason for a refusal is named.
+    for node in nodes:
         rule = next((rule for matches, rule in rules if matches(node)), Gradient())
         if isinstance(rule, Gradient):
             _require_vjp(graph, node, positions[node.name], nodes)
         _require_shapes(graph, node)
-        steps.append(Step(node, rule, positions[node.name]))
+        steps.insert(0, Step(node, rule, positions[node.name]))
     reads = dict.fromkeys(v for step in steps for v in step.reads)
     return Plan(
         graph=graph,
