@@ -104,13 +104,13 @@ def _emit_above(row, a, mode, eps, bound, base, channels, values, scores):
         for j in range(_BLOCK):
             hit |= _score(mode, active[j], block[j], eps) > bound
         if hit:
+            # Every unit is written and most are overwritten: a branch on each would be mispredicted.
             for j in range(_BLOCK):
                 s = _score(mode, active[j], block[j], eps)
-                if s > bound:
-                    channels[end] = b + j
-                    values[end] = block[j]
-                    scores[end] = s
-                    end += 1
+                channels[end] = b + j
+                values[end] = block[j]
+                scores[end] = s
+                end += s > bound
     for c in range(whole, n):
         s = _score(mode, a[c], row[c], eps)
         if s > bound:
@@ -605,12 +605,15 @@ def _store(op, arena, touched, csr):
 
 
 @njit(nogil=True, cache=True)
-def _max_pool(op, arena, touched, active):
+def _max_pool(op, arena, touched, active, best, winner):
     """To the first maximum in row-major window order, of the channels C_FIRST … C_LAST.
 
     The activations hold just these channels: a pool of a concatenation takes one such row of the
-    table for each part, and the concatenation itself is never needed.
+    table for each part, and the concatenation itself is never needed. `best` and `winner` are
+    scratch, one entry per channel.
     """
+    width = op[C_LAST] - op[C_FIRST]
+    best, winner = best[:width], winner[:width]
     for y in range(op[S_H]):
         for x in range(op[S_W]):
             p = y * op[S_W] + x
@@ -619,22 +622,25 @@ def _max_pool(op, arena, touched, active):
             top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
             i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-            source = op[S_OFFSET] + p * op[S_STRIDE]
-            for c in range(op[C_FIRST], op[C_LAST]):
+            best[:] = -np.inf
+            winner[:] = (top + i_first * op[DH]) * op[T_W] + left + j_first * op[DW]
+            for i in range(i_first, i_last):
+                for j in range(j_first, j_last):
+                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+                    where = op[A_OFFSET] + q * op[A_STRIDE]
+                    a = active[where : where + width]
+                    for c in range(width):
+                        larger = a[c] > best[c]
+                        best[c] = a[c] if larger else best[c]
+                        winner[c] = np.int32(q) if larger else winner[c]
+            source = op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST]
+            for c in range(width):
                 r = arena[source + c]
-                if r == 0:
-                    continue
-                where = op[A_OFFSET] + c - op[C_FIRST]
-                best, winner = np.float32(-np.inf), -1
-                for i in range(i_first, i_last):
-                    for j in range(j_first, j_last):
-                        q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                        a = active[where + q * op[A_STRIDE]]
-                        if a > best or winner < 0:
-                            best, winner = a, q
-                _touch(op, arena, touched, winner, 0, op[T_C])
-                touched[op[T_TOUCHED] + winner] = 1
-                arena[op[T_OFFSET] + winner * op[T_STRIDE] + c] += r
+                if r != 0:
+                    q = winner[c]
+                    _touch(op, arena, touched, q, 0, op[T_C])
+                    touched[op[T_TOUCHED] + q] = 1
+                    arena[op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST] + c] += r
 
 
 @njit(nogil=True, cache=True)
@@ -651,8 +657,10 @@ def _divisor(op, top, left, i_count, j_count):
 
 
 @njit(nogil=True, cache=True)
-def _average_pool(op, arena, touched):
+def _average_pool(op, arena, touched, share):
+    """To all cells of the window alike; `share` is scratch, one entry per channel."""
     width = op[T_C]
+    share = share[:width]
     for y in range(op[S_H]):
         for x in range(op[S_W]):
             p = y * op[S_W] + x
@@ -663,14 +671,18 @@ def _average_pool(op, arena, touched):
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
             count = np.float32(_divisor(op, top, left, i_last - i_first, j_last - j_first))
             source = op[S_OFFSET] + p * op[S_STRIDE]
+            row = arena[source : source + width]
+            for c in range(width):
+                share[c] = row[c] / count
             for i in range(i_first, i_last):
                 for j in range(j_first, j_last):
                     q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
                     _touch(op, arena, touched, q, 0, width)
                     touched[op[T_TOUCHED] + q] = 1
                     at = op[T_OFFSET] + q * op[T_STRIDE]
+                    out = arena[at : at + width]
                     for c in range(width):
-                        arena[at + c] += arena[source + c] / count
+                        out[c] += share[c]
 
 
 @njit(nogil=True, cache=True)
@@ -754,7 +766,7 @@ def _run(
             _scatter(op, arena, touched, weights, csr, member, members, barrier)
         else:
             if member == 0:
-                _alone(op, kind, arena, touched, active, weights, csr)
+                _alone(op, kind, arena, touched, active, weights, csr, work)
             wait(barrier, members)
         row += 1
     return row
@@ -793,14 +805,14 @@ def _spread_out(op, arena, touched, csr):
 
 
 @njit(nogil=True, cache=True)
-def _alone(op, kind, arena, touched, active, weights, csr):
+def _alone(op, kind, arena, touched, active, weights, csr, work):
     """Operations that are too small to share."""
     if kind == STORE:
         _store(op, arena, touched, csr)
     elif kind == MAX_POOL:
-        _max_pool(op, arena, touched, active)
+        _max_pool(op, arena, touched, active, work, csr[2])
     elif kind == AVERAGE_POOL:
-        _average_pool(op, arena, touched)
+        _average_pool(op, arena, touched, work)
     elif kind == ADD:
         _add(op, arena, touched, weights, False)
     elif kind == SCALE:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from .opsets import same_pads
 from .rules import OPERATORS
 from .rules.activation import ACTIVATIONS
 from .rules.registry import NotSamplewise, SampleAxis
+
+Fact = TypeVar("Fact")
 
 _GATES = {"Sigmoid", "HardSigmoid", "Softmax"}
 # What a gate's value may pass before it multiplies another one.
@@ -26,6 +30,20 @@ _KEEPS_SIGN = {
 }  # fmt: skip
 
 
+def _once(function: Callable[[Graph], Fact]) -> Callable[[Graph], Fact]:
+    """Prove a fact about a graph the first time only."""
+
+    @wraps(function)
+    def remembered(graph: Graph) -> Fact:
+        if function not in graph.facts:
+            graph.facts[function] = function(graph)
+        fact: Fact = graph.facts[function]
+        return fact
+
+    return remembered
+
+
+@_once
 def path(graph: Graph) -> tuple[Node, ...]:
     """The nodes through which a gradient flows from the logits to the input, in graph order."""
     reached = {graph.input}
@@ -52,6 +70,7 @@ def differentiated(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[int, 
     }
 
 
+@_once
 def activations(graph: Graph) -> frozenset[str]:
     """Names of the activations on the path: what RectGrad thresholds (SPEC section 2).
 
@@ -88,6 +107,7 @@ def _gates(graph: Graph, value: str) -> bool:
     return False
 
 
+@_once
 def last_activations(graph: Graph) -> frozenset[str]:
     """Activations from which the logits are reached without passing another one."""
     layers = activations(graph)
@@ -102,6 +122,7 @@ def last_activations(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
+@_once
 def non_negative(graph: Graph) -> frozenset[str]:
     """Values that cannot be below zero, whatever the image."""
     known = {
@@ -162,6 +183,7 @@ def pads_input(graph: Graph, node: Node) -> bool:
     )
 
 
+@_once
 def sample_axes(graph: Graph) -> dict[str, SampleAxis]:
     """Value name → the axis along which the samples lie, for every value where that is proven.
 

@@ -181,7 +181,10 @@ class _Walk:
         return np.asarray(array_of(sheet, self.memory.arenas, self.memory.touched, shape))
 
     def _step(self, step: Step, waiting: np.ndarray) -> None:
-        """The rule itself, in NumPy: a step that has no kernel, or a scatter of too many."""
+        """The rule itself, in NumPy: a step that has no kernel, or a scatter of too many.
+
+        All samples meet at the former; at the latter, where rules read nothing but weights, some.
+        """
         node = step.node
         everyone = len(waiting) == self.samples
         pick = slice(None) if everyone else waiting
@@ -191,9 +194,8 @@ class _Walk:
             for v in node.outputs
             if v
         )
-        values = self.values if everyone else {v: self._rows(v, waiting) for v in step.reads}
         for position, value in zip(step.positions, step.writes, strict=True):
-            call = Call(node, position, R, values, self.baseline, len(waiting))
+            call = Call(node, position, R, self.values, self.baseline, len(waiting))
             add_array(self.program.sheets[value], arenas, touched, step.rule(call))
         if not everyone:
             self.memory.arenas[pick], self.memory.touched[pick] = arenas, touched
@@ -202,10 +204,6 @@ class _Walk:
         shape = self.program.plan.graph.shapes[value]
         assert shape is not None
         return shape if samples == self.samples else (samples, *shape[1:])
-
-    def _rows(self, value: str, waiting: np.ndarray) -> np.ndarray:
-        constants = self.program.plan.graph.constants
-        return self.values[value] if value in constants else self.values[value][waiting]
 
     def _advance(self, samples: np.ndarray) -> None:
         """Each sample as far as the table goes: a thread each, or one team for few samples."""
