@@ -50,6 +50,11 @@ def same(found: np.ndarray, expected: list[Any], exact: bool) -> bool:
     return bool(np.abs(found - wanted).max() <= (0 if exact else 1e-9 * scale))
 
 
+def assert_maps(result: Attribution, expected: Any) -> None:
+    assert np.any(expected), "a map of zeros shows nothing"
+    assert same(result.values, list(expected), exact=False)
+
+
 def check(
     net: Net, images: np.ndarray, result: Attribution, R: list[slow.Values], *, exact: bool
 ) -> None:
@@ -60,6 +65,7 @@ def check(
         layer = result.layers()[op.name]
         assert same(layer.R_out, [r[op.name] for r in R], exact), op.name
         assert same(layer.R_in, [r[op.inputs[0]] for r in R], exact), op.name
+    assert exact or np.any([r["x"] for r in R]), "a derivation of zero shows nothing"
     product = images.astype(np.float64) * np.stack([r["x"] for r in R])
     assert same(np.asarray(result), list(np.where(product > 0, product, 0)), exact)
 
@@ -97,7 +103,7 @@ def test_integer_networks_agree_exactly(
 
 
 @pytest.mark.parametrize("build", [nets.plain, nets.branched])
-@pytest.mark.parametrize("q", [0, 50, 80, 95])
+@pytest.mark.parametrize("q", [0, 50, 80])
 def test_real_networks(build: Callable[[Weights], Net], q: float) -> None:
     weights = Weights(int(q))
     net = build(weights)
@@ -106,16 +112,23 @@ def test_real_networks(build: Callable[[Weights], Net], q: float) -> None:
     check(net, images, result, derived(net, images, slow.rectify(q)), exact=False)
 
 
-@pytest.mark.parametrize("tau", [-1.0, 0.0, 0.05, -math.inf, math.inf])
+@pytest.mark.parametrize("tau", [-1.0, -0.01, 0.0, 0.01, -math.inf])
 @pytest.mark.parametrize("strict_relu", [False, True])
 def test_fixed_tau(tau: float, strict_relu: bool) -> None:
-    weights = Weights(3)
+    weights = Weights(4)
     net = nets.branched(weights)
     images = weights.images(net, 2)
     result = explained(net, images, tau=tau, strict_relu=strict_relu)
     rule = slow.rectify(tau=tau, strict_relu=strict_relu)
     check(net, images, result, derived(net, images, rule), exact=False)
     assert all((layer.tau == tau).all() for layer in result.layers().values())
+
+
+def test_nothing_exceeds_infinity() -> None:
+    net = nets.branched(Weights(3))
+    result = explained(net, Weights(3).images(net, 2), tau=math.inf, final_threshold=False)
+    assert not result.values.any()
+    assert not any(layer.mask.any() for layer in result.layers().values())
 
 
 def test_channel_scope() -> None:
@@ -145,11 +158,11 @@ SCORES: dict[str, Callable[[float, float], float]] = {
 
 @pytest.mark.parametrize("rule", SCORES)
 def test_propagation_rules(rule: str) -> None:
-    weights = Weights(7)
+    weights = Weights(8)
     net = nets.branched(weights)
     images = weights.images(net, 2)
-    result = explained(net, images, propagation_rule=rule, q=80)
-    R = derived(net, images, slow.rectify(80, score=SCORES[rule]))
+    result = explained(net, images, propagation_rule=rule, q=60)
+    R = derived(net, images, slow.rectify(60, score=SCORES[rule]))
     check(net, images, result, R, exact=False)
 
 
@@ -306,7 +319,7 @@ def test_last_step(times_input: bool, final_threshold: bool) -> None:
     expected = images * R if times_input else R
     if final_threshold:
         expected = expected * (expected > 0)
-    assert same(np.asarray(result), list(expected), exact=False)
+    assert_maps(result, expected)
 
 
 @pytest.mark.parametrize("seed", ["one", "logit", "softmax"])
@@ -328,7 +341,7 @@ def test_seeds(seed: str) -> None:
             }[seed]
         )
     R = slow.backward(net, values, seeds, slow.rectify(50), masked=PADDED)
-    assert same(np.asarray(result), [x * r["x"] for x, r in zip(images, R, strict=True)], False)
+    assert_maps(result, [x * r["x"] for x, r in zip(images, R, strict=True)])
 
 
 def test_presets() -> None:
@@ -350,10 +363,10 @@ def test_authors_preset() -> None:
     result = explained(net, images, preset="authors", q=50)
     R = derived(net, images, slow.rectify(50, derivative=False))
     expected = [x * r["x"] for x, r in zip(images, R, strict=True)]
-    assert same(np.asarray(result), expected, exact=False)
+    assert_maps(result, expected)
     mod = explained(net, images, preset="authors", q=50, propagation_rule="mod")
     R = derived(net, images, slow.rectify(50, derivative=False, score=SCORES["PR2"]))
-    assert same(np.asarray(mod), [x * r["x"] for x, r in zip(images, R, strict=True)], exact=False)
+    assert_maps(mod, [x * r["x"] for x, r in zip(images, R, strict=True)])
 
 
 def test_samples_do_not_influence_each_other() -> None:
@@ -362,7 +375,7 @@ def test_samples_do_not_influence_each_other() -> None:
     images = weights.images(net, 5)
     together = explained(net, images, q=70)
     alone = [explained(net, images[i : i + 1], q=70) for i in range(5)]
-    assert same(np.asarray(together), [np.asarray(a)[0] for a in alone], exact=False)
+    assert_maps(together, [np.asarray(a)[0] for a in alone])
     for name, layer in together.layers().items():
         assert np.array_equal(layer.mask, np.concatenate([a.layers()[name].mask for a in alone]))
 
