@@ -104,7 +104,7 @@ def _emit_above(row, a, mode, eps, bound, base, channels, values, scores):
         for j in range(_BLOCK):
             hit |= _score(mode, active[j], block[j], eps) > bound
         if hit:
-            # Every unit is written and most are overwritten: a branch on each would be mispredicted.
+            # Each unit is written and most are overwritten: branches would be mispredicted.
             for j in range(_BLOCK):
                 s = _score(mode, active[j], block[j], eps)
                 channels[end] = b + j

@@ -161,7 +161,7 @@ class OnnxruntimeForward:
                 place = (array.shape, array.ctypes.data)
                 binding.bind_output(_last(name), "cpu", 0, np.float32, *place)
             session.run_with_iobinding(binding)
-            arrays = binding.copy_outputs_to_cpu()[: len(asked)] if asked else []
+            arrays = [output.numpy() for output in binding.get_outputs()[: len(asked)]]
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise InvalidModel(f"{graph.model.name}: onnxruntime failed: {error}") from error
         values = dict(zip(asked, map(self._typed, arrays), strict=True))

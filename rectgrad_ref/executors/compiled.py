@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def _places(program: Program, active: np.ndarray, samples: int) -> dict[str, np.
         shape = program.plan.graph.shapes[value]
         assert shape is not None
         last = (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 else shape
-        size = int(np.prod(shape))
+        size = prod(shape)
         places[value] = active[offset : offset + size].reshape(last)
     return places
 
