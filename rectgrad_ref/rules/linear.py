@@ -114,6 +114,9 @@ def conv_transpose_W(node: Node, R: Array, *, X: Array) -> Array:
 def _gemm_batch(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
     if axes[0] != (1 if node["transA"] else 0) or any(a is not None for a in axes[1:]):
         raise NotSamplewise
+    C_shape = (*node.input_shapes, ())[2]
+    if len(C_shape) == 2 and C_shape[0] != 1:
+        raise NotSamplewise  # a constant that differs from sample to sample
     return 0
 
 
