@@ -186,15 +186,25 @@ def _slices(
     return tuple(result)
 
 
-def _unchanged_extent(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
-    """The sample axis must come out whole."""
-    after, axis = node.output_shapes[0], axes[0]
-    if axis is None or after[axis] != _input_shape(node)[axis]:
+def _parameters(node: Node) -> tuple[Array | None, ...]:
+    """The inputs after the first, which have to be constant."""
+    if any(v and c is None for v, c in zip(node.inputs[1:], node.constants[1:], strict=True)):
         raise NotSamplewise
-    return axis
+    return node.constants[1:]
 
 
-@operator("Slice", batch=_unchanged_extent)
+def _sliced(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
+    """The sample axis must come out whole and in order."""
+    starts, ends, where, steps = (*_parameters(node), None, None)[:4]
+    if axes[0] is None or starts is None or ends is None:
+        raise NotSamplewise
+    samples = range(_input_shape(node)[axes[0]])
+    if samples[_slices(node, starts, ends, where, steps)[axes[0]]] != samples:
+        raise NotSamplewise
+    return axes[0]
+
+
+@operator("Slice", batch=_sliced)
 def slice_(
     node: Node,
     data: Array,
@@ -264,7 +274,14 @@ def _padded(x: Array, widths: list[tuple[int, int]], mode: Any, **options: Any) 
     return np.pad(_crop(x, widths), [(max(b, 0), max(e, 0)) for b, e in widths], mode, **options)
 
 
-@operator("Pad", batch=_unchanged_extent)
+def _not_padded(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
+    pads, _, where = (*_parameters(node), None, None)[:3]
+    if axes[0] is None or pads is None or any(_pad_widths(node, pads, where)[axes[0]]):
+        raise NotSamplewise
+    return axes[0]
+
+
+@operator("Pad", batch=_not_padded)
 def pad(
     node: Node,
     data: Array,
@@ -305,7 +322,14 @@ def expand_input(node: Node, R: Array) -> Array:
     return unbroadcast(R, node.input_shapes[0])
 
 
-@operator("Tile", batch=_unchanged_extent)
+def _not_repeated(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
+    axis = axes[0]
+    if axis is None or node.output_shapes[0][axis] != _input_shape(node)[axis]:
+        raise NotSamplewise
+    return axis
+
+
+@operator("Tile", batch=_not_repeated)
 def tile(node: Node, input: Array, repeats: Array) -> Array:
     return np.tile(input, [int(n) for n in repeats])
 
