@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .graph import Graph, Node
+from .errors import InvalidModel
+from .graph import Graph, Node, freeze
 from .opsets import same_pads
 from .rules import OPERATORS
 from .rules.activation import ACTIVATIONS
@@ -196,6 +197,8 @@ def sample_axes(graph: Graph) -> dict[str, SampleAxis]:
             continue
         if any(v and v not in axes and v not in graph.constants for v in node.inputs):
             continue
+        if any(v and graph.shapes[v] is None for v in node.outputs):
+            continue
         axis = _try(node, tuple(axes.get(v) for v in node.inputs))
         if axis is None:
             # A constant that repeats one sample's values may stand along the sample axis.
@@ -231,7 +234,8 @@ def is_samplewise(graph: Graph) -> bool:
     """Whether a batch provably explains every sample as if it were alone.
 
     Every value on the path must carry the samples on a known axis; activations and logits on
-    axis 0.
+    axis 0. And a sample alone must meet the same graph: a batch size can enter it by a Shape node,
+    or be written into it.
     """
     axes = sample_axes(graph)
     layers = activations(graph)
@@ -240,7 +244,45 @@ def is_samplewise(graph: Graph) -> bool:
             return False
         if node.name in layers and axes[node.outputs[0]] != 0:
             return False
-    return axes.get(graph.logits) == 0
+    return axes.get(graph.logits) == 0 and _is_same_alone(graph, axes)
+
+
+def _is_same_alone(graph: Graph, axes: dict[str, SampleAxis]) -> bool:
+    shape = graph.shapes[graph.input]
+    assert shape is not None
+    try:
+        alone = freeze(graph.model, (1, *shape[1:]), input=graph.input, output=graph.output)
+    except InvalidModel:
+        return False
+    if len(alone.nodes) != len(graph.nodes):
+        return False
+    return all(
+        _is_same_node(node, other, axes[node.outputs[0]])
+        for node, other in zip(graph.nodes, alone.nodes, strict=True)
+        if node.outputs[0] in axes
+    )
+
+
+def _is_same_node(node: Node, alone: Node, axis: SampleAxis) -> bool:
+    """Whether two nodes of the same place differ in the extent of the sample axis only."""
+    assert axis is not None
+    for shape, expected in zip(node.output_shapes, alone.output_shapes, strict=True):
+        if shape and (*shape[:axis], 1, *shape[axis + 1 :]) != expected:
+            return False
+    constants = list(zip(node.constants, alone.constants, strict=True))
+    if node.op in ("Reshape", "Expand"):
+        del constants[1]  # equal shapes of the output say the same
+    same = all(_is_same_constant(ours, theirs) for ours, theirs in constants)
+    return same and node.op == alone.op and node.attributes == alone.attributes
+
+
+def _is_same_constant(ours: np.ndarray | None, theirs: np.ndarray | None) -> bool:
+    """Whether the constants are equal, or one repeats the other for every sample."""
+    if ours is None or theirs is None:
+        return ours is theirs
+    if ours.shape != theirs.shape and (ours.shape[1:] != theirs.shape[1:] or len(theirs) != 1):
+        return False
+    return bool(np.all(ours == theirs))
 
 
 def is_tensorflow_same(graph: Graph, node: Node) -> bool:
