@@ -7,6 +7,7 @@ asked for any of them and a trace can be compared with another program's.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -253,6 +254,7 @@ class _Builder:
         if array is None:
             shapes = tuple(self._shape(value) or () for value in node.outputs)
             self.nodes.append(replace(node, output_shapes=shapes))
+            self._check_reshape(self.nodes[-1])
             return
         for name, value in zip(node.outputs, array, strict=False):
             if name:
@@ -364,6 +366,16 @@ class _Builder:
                 f"inputs of shape {', '.join(str(self._shape(v)) for v in proto.input)}: {error}"
             ) from error
         self.types.update((v, found.get(v, onnx.TypeProto())) for v in proto.output)
+
+    def _check_reshape(self, node: Node) -> None:
+        """What onnx's inference leaves unchecked."""
+        if node.op != "Reshape" or None in map(self._shape, (node.inputs[0], node.outputs[0])):
+            return
+        before, after = node.input_shapes[0], node.output_shapes[0]
+        if math.prod(before) != math.prod(after):
+            raise InvalidModel(
+                f"{self.model.name}: {node} cannot bring shape {before} into shape {after}"
+            )
 
     def _shape(self, value: str) -> Shape | None:
         proto = self.types.get(value)
