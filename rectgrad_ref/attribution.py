@@ -188,4 +188,7 @@ class Attribution:
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    """`value` in JSON's types, which have no infinity."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    return str(value) if value in (np.inf, -np.inf) else value
