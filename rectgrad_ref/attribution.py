@@ -150,7 +150,7 @@ class Attribution:
         destination = Path(path)
         if destination.suffix == ".npz":
             with atomic_write(destination) as temporary:
-                np.savez_compressed(temporary, allow_pickle=False, **self._arrays())
+                np.savez_compressed(temporary, **self._arrays())
         elif destination.suffix in (".png", ".pdf", ".svg"):
             from . import picture
 
