@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,17 @@ def test_squeezenet(shared_data: Path, backend: str, claim: str, trick: Any) -> 
 
 
 @pytest.fixture(scope="module")
+def inception() -> Callable[[str, int], Explainer]:
+    """Backend and image size → a loaded Inception V4, for all tests that want the same."""
+    weights = inception_weights()
+
+    @functools.cache
+    def load(backend: str, size: int) -> Explainer:
+        return loaded(inception_v4.build_model(weights, image_size=size), backend)
+
+    return load
+
+
 def inception_weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
 
@@ -210,11 +223,10 @@ def inception_weights() -> dict[str, np.ndarray]:
 @identities
 @large
 def test_inception_v4_small(
-    inception_weights: dict[str, np.ndarray], backend: str, claim: str, trick: Any
+    inception: Callable[[str, int], Explainer], backend: str, claim: str, trick: Any
 ) -> None:
-    model = inception_v4.build_model(inception_weights, image_size=75)
     x = np.random.default_rng(1).uniform(-1, 1, (1, 3, 75, 75)).astype(np.float32)
-    hold(loaded(model, backend), x, claim, padding_trick=trick)
+    hold(inception(backend, 75), x, claim, padding_trick=trick)
 
 
 @pytest.mark.slow
@@ -222,11 +234,10 @@ def test_inception_v4_small(
 @pytest.mark.parametrize("backend", ["float32", "cpu"])
 @tricks
 def test_inception_v4(
-    inception_weights: dict[str, np.ndarray], backend: str, claim: str, trick: Any
+    inception: Callable[[str, int], Explainer], backend: str, claim: str, trick: Any
 ) -> None:
-    model = inception_v4.build_model(inception_weights)
     x = np.random.default_rng(1).uniform(-1, 1, (1, 3, 299, 299)).astype(np.float32)
-    hold(loaded(model, backend), x, claim, padding_trick=trick)
+    hold(inception(backend, 299), x, claim, padding_trick=trick)
 
 
 # --- ε-LRP ----------------------------------------------------------------------------------------
