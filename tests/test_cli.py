@@ -459,7 +459,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cat_is_a_cat() -> None:
-    assert demo.cat().size == (300, 300)
+    assert demo.cat().size == (240, 240)
     path = cifar10_cnn.network_path()
     if not path.exists():
         pytest.skip("the trained network is not there yet")
