@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
-from typing import Any
 
 import numpy as np
 
 from ..forward import OnnxruntimeForward
+from ..graph import Node
 from ..kernels import cpu as k
 from ..kernels.team import new_barrier
 from ..plan import Plan, Step
 from ..reference import NOTHING, constants_as
 from ..rules.declared import Call, Values
-from .cpu import Program, WeightStore, add_array, array_of, is_lowerable, lower, runs_as
+from .cpu import (
+    Program,
+    WeightStore,
+    add_array,
+    add_image,
+    array_of,
+    image_of,
+    is_lowerable,
+    lower,
+    runs_as,
+    scatters,
+)
+from .crew import Crew
+from .dense import DenseTransposes
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 
@@ -30,6 +41,7 @@ class CompiledBackend:
         self.forward = forward
         self.threads = threads or len(os.sched_getaffinity(0))
         self.weights = WeightStore()
+        self.dense = DenseTransposes()
 
     def runner(self, plan: Plan) -> Runner:
         """Ready to run the plan; plans over other sample axes than 0 go step by step."""
@@ -182,41 +194,45 @@ class _Walk:
         return np.asarray(array_of(sheet, self.memory.arenas, self.memory.touched, shape))
 
     def _step(self, step: Step, waiting: np.ndarray) -> None:
-        """The rule itself, in NumPy: a step that has no kernel, or a scatter of too many.
+        """A step that has no kernel, by its rule; or a scatter of too many, by a dense product.
 
-        All samples meet at the former; at the latter, where rules read nothing but weights, some.
+        All samples meet at the former; at the latter, where nothing but weights is read, some.
         """
-        node = step.node
         everyone = len(waiting) == self.samples
         pick = slice(None) if everyone else waiting
         arenas, touched = self.memory.arenas[pick], self.memory.touched[pick]
-        R = tuple(
-            array_of(self.program.sheets[v], arenas, touched, self._shape(v, len(waiting)))
-            for v in node.outputs
-            if v
-        )
-        for position, value in zip(step.positions, step.writes, strict=True):
-            call = Call(node, position, R, self.values, self.baseline, len(waiting))
-            add_array(self.program.sheets[value], arenas, touched, step.rule(call))
+        if scatters(step):
+            self._dense(step.node, arenas, touched)
+        else:
+            self._reference(step, arenas, touched)
         if not everyone:
             self.memory.arenas[pick], self.memory.touched[pick] = arenas, touched
 
-    def _shape(self, value: str, samples: int) -> tuple[int, ...]:
-        shape = self.program.plan.graph.shapes[value]
-        assert shape is not None
-        return shape if samples == self.samples else (samples, *shape[1:])
+    def _dense(self, node: Node, arenas: np.ndarray, touched: np.ndarray) -> None:
+        source, target = self.program.sheets[node.outputs[0]], self.program.sheets[node.inputs[0]]
+        with Crew(self.backend.threads) as crew:
+            result = self.backend.dense(node, image_of(source, arenas, touched), crew)
+        add_image(target, arenas, touched, result)
+
+    def _reference(self, step: Step, arenas: np.ndarray, touched: np.ndarray) -> None:
+        node, sheets = step.node, self.program.sheets
+        shapes = self.program.plan.graph.shapes
+        R = tuple(array_of(sheets[v], arenas, touched, shapes[v] or ()) for v in node.outputs if v)
+        for position, value in zip(step.positions, step.writes, strict=True):
+            call = Call(node, position, R, self.values, self.baseline, self.samples)
+            add_array(sheets[value], arenas, touched, step.rule(call))
 
     def _advance(self, samples: np.ndarray) -> None:
         """Each sample as far as the table goes: a thread each, or one team for few samples."""
-        with _Crew(self.backend.threads) as crew:
+        with Crew(self.backend.threads) as crew:
             size = crew.size
             if len(samples) >= size:
                 teams = [_Scratch(self.program) for _ in range(size)]
-                jobs = [partial(self._work, teams[i], samples[i::size], 0, 1) for i in range(size)]
+                shares = [(teams[i], samples[i::size], 0, 1) for i in range(size)]
             else:
                 team = _Scratch(self.program)
-                jobs = [partial(self._work, team, samples, i, size) for i in range(size)]
-            crew.run(jobs)
+                shares = [(team, samples, i, size) for i in range(size)]
+            crew.map(lambda share: self._work(*share), shares)
 
     def _work(self, scratch: _Scratch, samples: np.ndarray, member: int, members: int) -> None:
         program = self.program
@@ -253,41 +269,3 @@ class _Scratch:
         self.work = np.empty(max(units, 2048), np.float32)
         self.shared = np.zeros(k.SHARED)
         self.barrier = new_barrier()
-
-
-class _Crew:
-    """The threads that a call may use: all of them, or itself alone where others are at work."""
-
-    _lock = threading.Lock()
-    _pool: ThreadPoolExecutor | None = None
-
-    def __init__(self, size: int) -> None:
-        self.owns = _Crew._lock.acquire(blocking=False)
-        self.size = size if self.owns else 1
-
-    def __enter__(self) -> _Crew:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.owns:
-            _Crew._lock.release()
-
-    def run(self, jobs: list[Any]) -> None:
-        """All jobs at once; they may wait for each other."""
-        others = [self._threads().submit(job) for job in jobs[1:]] if len(jobs) > 1 else []
-        jobs[0]()
-        for other in others:
-            other.result()
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if _Crew._pool is None or _Crew._pool._max_workers < self.size - 1:
-            _Crew._pool = ThreadPoolExecutor(self.size - 1, thread_name_prefix="rectgrad")
-        return _Crew._pool
-
-
-def _forget_threads() -> None:
-    """A fork takes neither the threads nor who held the lock along."""
-    _Crew._lock, _Crew._pool = threading.Lock(), None
-
-
-os.register_at_fork(after_in_child=_forget_threads)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -313,7 +312,7 @@ class _Lowering:
         self.emit(k.ACTIVATE, sheet.source, reads, columns, numbers=numbers)
         z = node.inputs[0]
         before = self.step_of.get(z)
-        if self.readers[z] == 1 and not self.trace and before is not None and _scatters(before):
+        if self.readers[z] == 1 and not self.trace and before is not None and scatters(before):
             # What passes goes straight on; should it be too much, the layer's own sheet holds it.
             self.name(z, sheet)
             self.scatter(before)
@@ -324,7 +323,7 @@ class _Lowering:
         return True
 
     def convolution(self, step: Step) -> bool:
-        if not _scatters(step):
+        if not scatters(step):
             return False
         self.emit(k.COMPACT, self.sheet(step.node.outputs[0]).source)
         self.scatter(step)
@@ -519,7 +518,7 @@ def _renames(step: Step) -> bool:
     return names and isinstance(step.rule, Gradient) and step.positions == (0,) and same_batch
 
 
-def _scatters(step: Step) -> bool:
+def scatters(step: Step) -> bool:
     """Whether the step is the transpose of constant weights that the table knows."""
     node = step.node
     if step.positions != (0,) or not isinstance(step.rule, (Gradient, ConvTranspose)):
@@ -624,35 +623,56 @@ def runs_as(step: Step, batch: int) -> str:
     if handler is _Lowering.activation:
         return "numba" if _activation_mode(step, batch) else "numpy"
     if handler is _Lowering.convolution:
-        return "numba" if _scatters(step) else "numpy"
+        return "numba" if scatters(step) else "numpy"
     return "numba" if handler is not None else "numpy"
 
 
-def array_of(sheet: Sheet, arena: np.ndarray, touched: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """A copy of one sheet of several samples, in the value's own shape and axis order.
+def image_of(sheet: Sheet, arena: np.ndarray, touched: np.ndarray) -> np.ndarray:
+    """One sheet of several samples; a view of the arena where all of it is written.
 
     Parameters
     ----------
     arena : float32 array, (n, …); touched : uint8 array, (n, …)
-    shape : tuple of int
-        Of the value, for n samples.
+
+    Returns
+    -------
+    numpy.ndarray, shape (n, H, W, C)
     """
-    n, marks = len(arena), slice(sheet.storage.touched, sheet.storage.touched + sheet.pixels)
-    rows = arena[:, sheet.storage.offset : sheet.storage.offset + sheet.pixels * sheet.stride]
-    rows = rows.reshape(n, sheet.pixels, sheet.stride)
+    rows, marks = _views(sheet, arena, touched)
     part = rows[:, :, sheet.first : sheet.first + sheet.channels]
-    filled = np.where(touched[:, marks, None] != 0, part, np.float32(0))
-    image = filled.reshape(n, sheet.height, sheet.width, sheet.channels)
-    return np.ascontiguousarray(image.transpose(0, 3, 1, 2)).reshape(shape)
+    filled = part if marks.all() else np.where(marks[:, :, None] != 0, part, np.float32(0))
+    return np.asarray(filled).reshape(len(arena), sheet.height, sheet.width, sheet.channels)
+
+
+def add_image(sheet: Sheet, arena: np.ndarray, touched: np.ndarray, image: np.ndarray) -> None:
+    """Add a gradient (n, H, W, C) to a sheet that is nobody's part."""
+    rows, marks = _views(sheet, arena, touched)
+    image = image.reshape(rows.shape)
+    if marks.any():
+        image = np.where(marks[:, :, None] != 0, rows, np.float32(0)) + image
+    rows[:] = image
+    marks[:] = 1
+
+
+def array_of(
+    sheet: Sheet, arena: np.ndarray, touched: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A copy of one sheet of several samples, in the value's own shape and axis order."""
+    image = image_of(sheet, arena, touched)
+    return np.array(image.transpose(0, 3, 1, 2), order="C").reshape(shape)
 
 
 def add_array(sheet: Sheet, arena: np.ndarray, touched: np.ndarray, value: np.ndarray) -> None:
     """Add a gradient in the value's own axis order to a sheet that is nobody's part."""
-    n = len(arena)
-    marks = slice(sheet.storage.touched, sheet.storage.touched + sheet.pixels)
-    image = value.reshape(n, sheet.channels, sheet.height, sheet.width).transpose(0, 2, 3, 1)
-    rows = arena[:, sheet.storage.offset : sheet.storage.offset + sheet.pixels * sheet.stride]
-    rows = rows.reshape(n, sheet.pixels, sheet.stride)
-    flat = image.reshape(n, sheet.pixels, sheet.channels)
-    np.add(flat, np.where(touched[:, marks, None] != 0, rows, np.float32(0)), out=rows)
-    touched[:, marks] = 1
+    image = value.reshape(len(arena), sheet.channels, sheet.height, sheet.width)
+    add_image(sheet, arena, touched, image.transpose(0, 2, 3, 1))
+
+
+def _views(sheet: Sheet, arena: np.ndarray, touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole rows of the storage (n, pixels, stride), and their marks (n, pixels)."""
+    begin, marks = sheet.storage.offset, sheet.storage.touched
+    rows = arena[:, begin : begin + sheet.pixels * sheet.stride]
+    return (
+        rows.reshape(len(arena), sheet.pixels, sheet.stride),
+        touched[:, marks : marks + sheet.pixels],
+    )

@@ -1,0 +1,62 @@
+"""The threads that one call may use."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Crew:
+    """All threads of the process's pool, or the caller alone while another call has them.
+
+    So calls from several threads never wait for each other, and never oversubscribe. A context
+    manager.
+
+    Attributes
+    ----------
+    size : int
+        How many jobs run at once; they may wait for each other.
+    """
+
+    _lock = threading.Lock()
+    _pool: ThreadPoolExecutor | None = None
+    _workers = 0
+
+    def __init__(self, size: int) -> None:
+        self._owns = Crew._lock.acquire(blocking=False)
+        self.size = size if self._owns else 1
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._owns:
+            Crew._lock.release()
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`function` of every item, at once; at most `size` items."""
+        first, *rest = items
+        others = [self._threads().submit(function, item) for item in rest]
+        results = [function(first)]
+        return results + [other.result() for other in others]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        needed = self.size - 1
+        if Crew._pool is None or Crew._workers < needed:
+            Crew._pool = ThreadPoolExecutor(needed, thread_name_prefix="rectgrad")
+            Crew._workers = needed
+        return Crew._pool
+
+
+def _forget() -> None:
+    """A fork takes neither the threads nor the lock's holder along."""
+    Crew._lock, Crew._pool, Crew._workers = threading.Lock(), None, 0
+
+
+os.register_at_fork(after_in_child=_forget)
