@@ -94,7 +94,12 @@ class Explainer:
         self._graphs: dict[tuple[int, ...], Graph] = {}
         self._plans: dict[tuple[tuple[int, ...], Method], _Prepared] = {}
         fixed = self.input.shape[0]
-        self._batchable = (fixed is None or fixed == 1) and self._proves_samples()
+        self._batchable = self._proves_samples()
+        if not self._batchable and fixed not in (None, 1):
+            raise InvalidModel(
+                f"{self.model.name}: its batch is fixed at {fixed} samples, which are not provably "
+                "independent; export it with a symbolic batch, or one of 1"
+            )
         self.backend: Backend = make_backend(
             backend,
             self.model,
@@ -234,7 +239,7 @@ class Explainer:
     def chunk(self, prepared: _Prepared) -> int:
         """Samples per forward pass."""
         if not self._batchable:
-            return self.input.shape[0] or 1
+            return 1
         if self._batch_size is not None:
             return self._batch_size
         graph = prepared.graph
