@@ -86,6 +86,8 @@ class Explainer:
         threads: int | None = None,
         batch_size: int | None = None,
     ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Model = read_model(onnx_path)
         self.input: InputSpec = input_spec(self.model, input)
         self._output = output_name(self.model, output)
