@@ -257,15 +257,30 @@ def test_trace_is_joined_from_chunks() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_fixed_batch_of_one_takes_any_number(backend: str) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_fixed_batch_takes_any_number(backend: str, batch: int, n: int) -> None:
     if backend == "cpu":
         pytest.importorskip("onnxruntime")
-    symbolic = Explainer(NET.onnx(), backend=backend).explain(IMAGES, q=60)
-    fixed = Explainer(NET.onnx(batch=1), backend=backend).explain(IMAGES, q=60)
+    symbolic = Explainer(NET.onnx(), backend=backend).explain(IMAGES[:n], q=60)
+    fixed = Explainer(NET.onnx(batch=batch), backend=backend).explain(IMAGES[:n], q=60)
     assert np.allclose(fixed.values, symbolic.values, rtol=1e-5, atol=1e-7)
 
 
-def mixing() -> onnx.ModelProto:
+def test_a_fixed_batch_of_dependent_samples_is_refused() -> None:
+    with pytest.raises(
+        InvalidModel, match="fixed at 3 samples, which are not provably independent"
+    ):
+        Explainer(mixing(3), backend="reference")
+    Explainer(mixing(1), backend="reference")
+
+
+def test_batch_size_below_one() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        Explainer(NET.onnx(), batch_size=0)
+
+
+def mixing(batch: int | str = "N") -> onnx.ModelProto:
     """Subtracts the mean over the batch before a Relu: samples influence each other."""
     w = Weights(3)(4, 3)
     nodes = [
@@ -277,7 +292,7 @@ def mixing() -> onnx.ModelProto:
     ]
     constants = {"w": w, "one": np.ones(4, np.float32)}
     initializers = [numpy_helper.from_array(v, k) for k, v in constants.items()]
-    return nets.model(nodes, ["N", 4], "logits", initializers)
+    return nets.model(nodes, [batch, 4], "logits", initializers)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
