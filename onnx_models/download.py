@@ -6,17 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, RectGradError
+from ..errors import DownloadError, OutputError
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that have arrived and the size of the file, None where it is unknown."""
 
 _CHUNK_SIZE = 1 << 16
 _TIMEOUT = 30  # seconds of silence
-
-
-class DownloadError(RectGradError, OSError):
-    """A file cannot be fetched, or is not the one that was expected."""
 
 
 def fetch(

@@ -148,10 +148,11 @@ class Attribution:
             Another suffix, or a folder that cannot be written to. Nothing is left half-written.
         """
         destination = Path(path)
-        if destination.suffix == ".npz":
+        suffix = destination.suffix.lower()
+        if suffix == ".npz":
             with atomic_write(destination) as temporary:
                 np.savez_compressed(temporary, **self._arrays())
-        elif destination.suffix in (".png", ".pdf", ".svg"):
+        elif suffix in (".png", ".pdf", ".svg"):
             from . import picture
 
             picture.save(self.plot(), destination)

@@ -27,6 +27,10 @@ class BackendUnavailable(RectGradError, RuntimeError):
     """The requested backend or execution provider is not installed."""
 
 
+class DownloadError(RectGradError, OSError):
+    """A file cannot be fetched, or is not the one that was expected."""
+
+
 class OutputError(RectGradError, OSError):
     """A result cannot be written where it was asked for."""
 

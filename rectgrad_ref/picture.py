@@ -172,7 +172,7 @@ def overlay(attribution: Attribution) -> Figure:
     """
     maps = cap(attribution.heatmap())
     rows: list[list[RGB]] = [[render(heatmap)] for heatmap in maps]
-    heads = [attribution.method.label]
+    heads = [attribution.method.title]
     if attribution.pictures is not None:
         for row, picture, heatmap in zip(rows, attribution.pictures, maps, strict=True):
             row.insert(0, picture)
@@ -204,7 +204,7 @@ def side_by_side(attributions: Sequence[Attribution], *, sparsify: float | None 
         A map holds NaN or infinite values.
     """
     maps = [_heatmap(attribution, sparsify) for attribution in attributions]
-    return _comparison(attributions, maps, [a.method.label for a in attributions])
+    return _comparison(attributions, maps, [a.method.title for a in attributions])
 
 
 def threshold_sweep(attributions: Sequence[Attribution], labels: Sequence[str]) -> Figure:
@@ -300,7 +300,7 @@ def layer_strip(
         f"{len(chosen)} of {len(spatial)} layers, from the input (left) to the logits (right): "
         f"mean of {'a·R' if times_activation else 'R'} over channels"
     )
-    return _grid(rows, heads, [a.method.label for a in attributions], note)
+    return _grid(rows, heads, [a.method.title for a in attributions], note)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -405,8 +405,8 @@ def _check_comparable(attributions: Sequence[Attribution]) -> None:
         if not np.array_equal(first.target, other.target):
             raise ValueError(
                 f"attributions side by side need the same images and targets; "
-                f"{first.method.label} has targets {first.target}, "
-                f"{other.method.label} has {other.target}"
+                f"{first.method.title} has targets {first.target}, "
+                f"{other.method.title} has {other.target}"
             )
 
 

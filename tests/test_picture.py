@@ -74,7 +74,7 @@ def attribution(
     layers["dense"] = SimpleNamespace(a=np.ones((samples, 4)), R_out=np.ones((samples, 4)))
     return SimpleNamespace(
         heatmap=lambda: heatmap,
-        method=SimpleNamespace(id=method.split()[0].lower(), label=method),
+        method=SimpleNamespace(id=method.split()[0].lower(), title=method),
         target=np.arange(samples) % 5,
         logits=rng.normal(size=(samples, 5)),
         class_names=class_names,

@@ -45,6 +45,11 @@ class Method:
                 raise ValueError(f"{self.id}: {field.name} must be one of {choice}, got {value!r}")
 
     @property
+    def title(self) -> str:
+        """What a figure calls it: the label, with what makes it another method."""
+        return self.label
+
+    @property
     def passes(self) -> int:
         """How many walks back one explanation takes."""
         return 1

@@ -99,6 +99,11 @@ class RectGrad(Method):
             raise ValueError("rectgrad: tau must be a number, got nan")
 
     @property
+    def title(self) -> str:
+        variant = "" if self.propagation_rule == "PR1" else f" {self.propagation_rule}"
+        return f"{self.label}{variant}{' PRR' if self.prr else ''}"
+
+    @property
     def whole_batch(self) -> bool:
         return self.scope == "batch"
 

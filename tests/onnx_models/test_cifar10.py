@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rectgrad_ref.errors import InvalidImage
+from rectgrad_ref.errors import DownloadError, InvalidImage
 from rectgrad_ref.onnx_models import cifar10
 from rectgrad_ref.onnx_models.cifar10 import FOLDER, MD5, load_cifar10, occlude, unpickle
-from rectgrad_ref.onnx_models.download import DownloadError
 
 N = 3  # images a batch
 

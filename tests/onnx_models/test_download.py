@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rectgrad_ref.errors import OutputError
-from rectgrad_ref.onnx_models.download import DownloadError, fetch
+from rectgrad_ref.errors import DownloadError, OutputError
+from rectgrad_ref.onnx_models.download import fetch
 
 CONTENT = np.random.default_rng(0).bytes(500_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
