@@ -622,6 +622,8 @@ def _max_pool(op, arena, touched, active, best, winner):
             top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
             i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+            if i_first == i_last or j_first == j_last:
+                continue  # nothing but padding
             best[:] = -np.inf
             winner[:] = (top + i_first * op[DH]) * op[T_W] + left + j_first * op[DW]
             for i in range(i_first, i_last):
