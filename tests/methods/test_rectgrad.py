@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
+import derived
 import nets
 import numpy as np
 import pytest
 import slow
+from derived import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Net, Op, Weights
@@ -26,48 +28,38 @@ SAME = PADDED | {"squeeze"}  # "last" has 2×2 cells, too few
 
 
 def explained(net: Net, images: np.ndarray, **options: Any) -> Attribution:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RectGradWarning)
-        explainer = Explainer(net.onnx(), backend="reference")
-        return explainer.explain(images, target=1, trace=True, **options)
+    return derived.explained(net, images, "rectgrad", trace=True, **options)
 
 
-def derived(
+def derivation(
     net: Net,
     images: np.ndarray,
     activation: slow.ActivationRule,
     pool: slow.PoolRule = slow.to_first,
     masked: Collection[str] = PADDED,
 ) -> list[slow.Values]:
-    values = [slow.forward(net, x) for x in images]
-    seed = np.eye(values[0][net.output].size)[1]
-    return slow.backward(net, values, [seed] * len(images), activation, pool, masked)
-
-
-def same(found: np.ndarray, expected: list[Any], exact: bool) -> bool:
-    wanted = np.stack(expected)
-    scale = float(np.abs(wanted).max(initial=0.0))
-    return bool(np.abs(found - wanted).max() <= (0 if exact else 1e-9 * scale))
+    return derived.gradients(net, images, activation, pool, masked)
 
 
 def assert_maps(result: Attribution, expected: Any) -> None:
     assert np.any(expected), "a map of zeros shows nothing"
-    assert same(result.values, list(expected), exact=False)
+    assert close(result, expected)
 
 
 def check(
     net: Net, images: np.ndarray, result: Attribution, R: list[slow.Values], *, exact: bool
 ) -> None:
     """Every layer of the trace, and the map."""
+    rel = 0 if exact else 1e-9
     activations = [op for op in net.ops if op.kind in slow.FUNCTIONS]
     assert list(result.layers()) == [op.name for op in activations]
     for op in activations:
         layer = result.layers()[op.name]
-        assert same(layer.R_out, [r[op.name] for r in R], exact), op.name
-        assert same(layer.R_in, [r[op.inputs[0]] for r in R], exact), op.name
+        assert close(layer.R_out, [r[op.name] for r in R], rel), op.name
+        assert close(layer.R_in, [r[op.inputs[0]] for r in R], rel), op.name
     assert exact or np.any([r["x"] for r in R]), "a derivation of zero shows nothing"
-    product = images.astype(np.float64) * np.stack([r["x"] for r in R])
-    assert same(np.asarray(result), list(np.where(product > 0, product, 0)), exact)
+    product = images.astype(np.float64) * derived.at_input(R)
+    assert close(result, np.where(product > 0, product, 0), rel)
 
 
 @st.composite
@@ -99,7 +91,7 @@ def test_integer_networks_agree_exactly(
     net = build(weights)
     images = weights.images(net, 2)
     result = explained(net, images, **ours(chosen))
-    check(net, images, result, derived(net, images, slow.rectify(**chosen)), exact=True)
+    check(net, images, result, derivation(net, images, slow.rectify(**chosen)), exact=True)
 
 
 @pytest.mark.parametrize("build", [nets.plain, nets.branched])
@@ -109,7 +101,7 @@ def test_real_networks(build: Callable[[Weights], Net], q: float) -> None:
     net = build(weights)
     images = weights.images(net, 2)
     result = explained(net, images, q=q)
-    check(net, images, result, derived(net, images, slow.rectify(q)), exact=False)
+    check(net, images, result, derivation(net, images, slow.rectify(q)), exact=False)
 
 
 @pytest.mark.parametrize("tau", [-1.0, -0.01, 0.0, 0.01, -math.inf])
@@ -120,7 +112,7 @@ def test_fixed_tau(tau: float, strict_relu: bool) -> None:
     images = weights.images(net, 2)
     result = explained(net, images, tau=tau, strict_relu=strict_relu)
     rule = slow.rectify(tau=tau, strict_relu=strict_relu)
-    check(net, images, result, derived(net, images, rule), exact=False)
+    check(net, images, result, derivation(net, images, rule), exact=False)
     assert all((layer.tau == tau).all() for layer in result.layers().values())
 
 
@@ -137,7 +129,7 @@ def test_channel_scope() -> None:
     images = weights.images(net, 2)
     result = explained(net, images, scope="channel", q=60)
     rule = slow.rectify(60, scope="channel")
-    check(net, images, result, derived(net, images, rule), exact=False)
+    check(net, images, result, derivation(net, images, rule), exact=False)
     assert result.layers()["relu1"].tau.shape == (2, 4)
 
 
@@ -162,7 +154,7 @@ def test_propagation_rules(rule: str) -> None:
     net = nets.branched(weights)
     images = weights.images(net, 2)
     result = explained(net, images, propagation_rule=rule, q=60)
-    R = derived(net, images, slow.rectify(60, score=SCORES[rule]))
+    R = derivation(net, images, slow.rectify(60, score=SCORES[rule]))
     check(net, images, result, R, exact=False)
 
 
@@ -179,7 +171,7 @@ def test_mod(last: str) -> None:
         return (nearest if op.name == "relu5" else elsewhere)(op, *arrays)
 
     result = explained(net, images, propagation_rule="mod", mod_last=last, q=60)
-    check(net, images, result, derived(net, images, rule), exact=False)
+    check(net, images, result, derivation(net, images, rule), exact=False)
 
 
 def test_mod_has_several_last_layers_where_branches_meet_at_the_logits() -> None:
@@ -199,7 +191,7 @@ def test_mod_has_several_last_layers_where_branches_meet_at_the_logits() -> None
     images = w.images(net, 1)
     result = explained(net, images, propagation_rule="mod", q=70)
     both = slow.rectify(70)  # PR1 at both
-    check(net, images, result, derived(net, images, both), exact=False)
+    check(net, images, result, derivation(net, images, both), exact=False)
 
 
 NON_RELU = {
@@ -220,7 +212,7 @@ def test_other_activations(kind: str, derivative: bool) -> None:
     net = nets.plain(weights, kind, NON_RELU[kind])
     images = weights.images(net, 2)
     result = explained(net, images, q=50, derivative=derivative)
-    R = derived(net, images, slow.rectify(50, derivative=derivative))
+    R = derivation(net, images, slow.rectify(50, derivative=derivative))
     # The slow derivation has its derivatives from finite differences.
     for name in ("act1", "act2", "act3"):
         expected = np.stack([r[name] for r in R])
@@ -271,7 +263,7 @@ def test_padding_trick(trick: Any, masked: set[str]) -> None:
     net = nets.branched(weights)
     images = weights.images(net, 2)
     result = explained(net, images, q=50, padding_trick=trick)
-    R = derived(net, images, slow.rectify(50), masked=masked)
+    R = derivation(net, images, slow.rectify(50), masked=masked)
     check(net, images, result, R, exact=False)
 
 
@@ -284,7 +276,7 @@ def test_max_pool_ties(ties: Any, integers: bool) -> None:
     result = explained(net, images, q=50, maxpool_ties=ties)
     pool = slow.to_first if ties == "first" else slow.split
     # Thirds are no binary fractions, but both sides divide once and add few.
-    R = derived(net, images, slow.rectify(50), pool)
+    R = derivation(net, images, slow.rectify(50), pool)
     check(net, images, result, R, exact=integers and ties == "first")
 
 
@@ -294,7 +286,7 @@ def test_proportional_redistribution(build: Callable[[Weights], Net]) -> None:
     net = build(weights)
     images = weights.images(net, 2)
     result = explained(net, images, q=50, prr=True)
-    R = derived(net, images, slow.rectify(50), slow.redistribute)
+    R = derivation(net, images, slow.rectify(50), slow.redistribute)
     check(net, images, result, R, exact=False)
 
 
@@ -315,7 +307,7 @@ def test_last_step(times_input: bool, final_threshold: bool) -> None:
     net = nets.branched(weights)
     images = weights.images(net, 2)
     result = explained(net, images, q=50, times_input=times_input, final_threshold=final_threshold)
-    R = np.stack([r["x"] for r in derived(net, images, slow.rectify(50))])
+    R = derived.at_input(derivation(net, images, slow.rectify(50)))
     expected = images * R if times_input else R
     if final_threshold:
         expected = expected * (expected > 0)
@@ -361,11 +353,11 @@ def test_authors_preset() -> None:
     net = nets.plain(weights, "Softplus")
     images = weights.images(net, 2)
     result = explained(net, images, preset="authors", q=50)
-    R = derived(net, images, slow.rectify(50, derivative=False))
+    R = derivation(net, images, slow.rectify(50, derivative=False))
     expected = [x * r["x"] for x, r in zip(images, R, strict=True)]
     assert_maps(result, expected)
     mod = explained(net, images, preset="authors", q=50, propagation_rule="mod")
-    R = derived(net, images, slow.rectify(50, derivative=False, score=SCORES["PR2"]))
+    R = derivation(net, images, slow.rectify(50, derivative=False, score=SCORES["PR2"]))
     assert_maps(mod, [x * r["x"] for x, r in zip(images, R, strict=True)])
 
 
