@@ -62,7 +62,6 @@ def test_every_data_file_is_installed(setuptools_config: dict[str, Any]) -> None
     [
         ("rectgrad_ref", "py.typed"),
         ("rectgrad_ref.onnx_models", "cifar10_cnn.onnx"),
-        ("rectgrad_ref.onnx_models", "cifar10_cnn_occluded.onnx"),
         ("rectgrad_ref.onnx_models", "cifar10_cnn.json"),
     ],
 )
