@@ -231,8 +231,9 @@ def test_inception_v4_small(
 
 @pytest.mark.slow
 @identities
-@pytest.mark.parametrize("backend", ["float32", "cpu"])
-@tricks
+@pytest.mark.parametrize(
+    ("backend", "trick"), [("float32", True), ("cpu", True), ("cpu", "same"), ("cpu", False)]
+)
 def test_inception_v4(
     inception: Callable[[str, int], Explainer], backend: str, claim: str, trick: Any
 ) -> None:
