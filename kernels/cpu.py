@@ -43,7 +43,7 @@ PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = rang
 
 # Shared words of a team: how many nonzeros, the threshold or its bound, whether it is final.
 COUNT, THRESHOLD, FINAL, SHARED = 0, 8, 16, 24
-_SAMPLED = 2048
+_SAMPLED_LEAST, _SAMPLED_MOST = 128, 2048
 _BLOCK = 16
 
 
@@ -156,7 +156,7 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
     """A score that, by a sample, somewhat more than `rank` units exceed; at least 0."""
     pixels, channels = op[S_H] * op[S_W], op[S_C]
     n = pixels * channels
-    taken = min(_SAMPLED, n)
+    taken = min(max(n // 64, _SAMPLED_LEAST), _SAMPLED_MOST, n)
     for i in range(taken):
         unit = (i * n + n // 2) // taken
         # Spread over the channels too, whatever divides them.
@@ -404,97 +404,96 @@ def _touch(op, arena, touched, p, first, last):
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _add_rows(out, w0, w1, w2, w3, v0, v1, v2, v3):
-    for j in range(out.size):
-        out[j] = out[j] + v0 * w0[j] + v1 * w1[j] + v2 * w2[j] + v3 * w3[j]
+def _add_rows(out, at, weights, start, size, per_filter, channels, values, begin, end):
+    """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end, four at a time.
 
-
-@njit(nogil=True, cache=True, fastmath={"contract"})
-def _add_row(out, w, v):
-    for j in range(out.size):
-        out[j] = out[j] + v * w[j]
-
-
-@njit(nogil=True, cache=True)
-def _scatter_run(out, weights, start, size, per_filter, channels, values, begin, end):
-    """out += Σ v · weights[filter, run] over the nonzeros begin … end, four at a time."""
+    Indices are unsigned: signed ones are checked for counting from the end, which stands in the way
+    of vector instructions.
+    """
+    o, n = np.uint64(at), np.uint64(size)
     i = begin
     while i + 4 <= end:
-        a = start + channels[i] * per_filter
-        b = start + channels[i + 1] * per_filter
-        c = start + channels[i + 2] * per_filter
-        d = start + channels[i + 3] * per_filter
-        _add_rows(
-            out, weights[a : a + size], weights[b : b + size], weights[c : c + size],
-            weights[d : d + size], values[i], values[i + 1], values[i + 2], values[i + 3],
-        )  # fmt: skip
+        a = np.uint64(start + channels[i] * per_filter)
+        b = np.uint64(start + channels[i + 1] * per_filter)
+        c = np.uint64(start + channels[i + 2] * per_filter)
+        d = np.uint64(start + channels[i + 3] * per_filter)
+        v, w, x, y = values[i], values[i + 1], values[i + 2], values[i + 3]
+        for j in range(n):
+            out[o + j] = (
+                out[o + j]
+                + v * weights[a + j]
+                + w * weights[b + j]
+                + x * weights[c + j]
+                + y * weights[d + j]
+            )
         i += 4
     while i < end:
-        a = start + channels[i] * per_filter
-        _add_row(out, weights[a : a + size], values[i])
+        a = np.uint64(start + channels[i] * per_filter)
+        v = values[i]
+        for j in range(n):
+            out[o + j] = out[o + j] + v * weights[a + j]
         i += 1
 
 
 @njit(nogil=True, cache=True)
 def _kernel_range(origin, dilation, kernel, extent):
     """Kernel offsets i with 0 ≤ origin + i·dilation < extent."""
-    first = 0
-    if origin < 0:
-        first = (-origin + dilation - 1) // dilation
-    last = kernel
-    if origin + (kernel - 1) * dilation >= extent:
-        last = (extent - origin + dilation - 1) // dilation
+    if dilation == 1:
+        first, last = max(0, -origin), min(kernel, extent - origin)
+    else:
+        first = max(0, (-origin + dilation - 1) // dilation)
+        last = min(kernel, (extent - origin + dilation - 1) // dilation)
     return first, max(first, last)
 
 
 @njit(nogil=True, cache=True)
-def _scatter_pixel(op, arena, weights, csr, y, x, row_first, row_last, c_first, c_last, touched):
-    """Add what one output pixel sends to the rows row_first … row_last of the target."""
+def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last):
+    """Add to the target's rows row_first … row_last and channels c_first … c_last.
+
+    With all channels it also clears rows that nobody wrote, and marks them.
+    """
     begins, ends, channels, values, _ = csr
-    p = y * op[S_W] + x
-    begin, end = begins[p], ends[p]
-    if begin == end:
-        return
-    kh, kw, width = op[KH], op[KW], op[T_C]
-    top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
-    i_first, i_last = _kernel_range(top, op[DH], kh, op[T_H])
-    j_first, j_last = _kernel_range(left, op[DW], kw, op[T_W])
-    per_filter = kh * kw * width
-    one_run = op[DW] == 1 and op[T_STRIDE] == width and c_last - c_first == width
-    for i in range(i_first, i_last):
-        ih = top + i * op[DH]
-        if ih < row_first or ih >= row_last:
-            continue
-        for j in range(j_first, j_last):
-            q = ih * op[T_W] + left + j * op[DW]
-            _touch(op, arena, touched, q, c_first, c_last)
-            if c_last - c_first == width:
-                touched[op[T_TOUCHED] + q] = 1
-        where = op[T_OFFSET] + (ih * op[T_W] + left) * op[T_STRIDE]
-        if one_run:
-            size = (j_last - j_first) * width
-            start = op[W_OFFSET] + (i * kw + j_first) * width
-            at = where + j_first * width
-            _scatter_run(
-                arena[at : at + size],
-                weights,
-                start,
-                size,
-                per_filter,
-                channels,
-                values,
-                begin,
-                end,
-            )
-        else:
-            for j in range(j_first, j_last):
-                at = where + j * op[DW] * op[T_STRIDE]
-                start = op[W_OFFSET] + (i * kw + j) * width + c_first
-                size = c_last - c_first
-                _scatter_run(
-                    arena[at + c_first : at + c_last], weights, start, size, per_filter, channels,
-                    values, begin, end,
-                )  # fmt: skip
+    height, width, s_height, s_width = op[T_H], op[T_W], op[S_H], op[S_W]
+    kh, kw, sh, sw, dh, dw = op[KH], op[KW], op[SH], op[SW], op[DH], op[DW]
+    pad_top, pad_left, depth, stride = op[TOP], op[LEFT], op[T_C], op[T_STRIDE]
+    target, marks, w_offset = op[T_OFFSET], op[T_TOUCHED], op[W_OFFSET]
+    per_filter, part = kh * kw * depth, c_last - c_first
+    whole = part == depth
+    one_run = whole and dw == 1 and stride == depth
+    for y in range(s_height):
+        top = y * sh - pad_top
+        i_first, i_last = _kernel_range(top, dh, kh, height)
+        for x in range(s_width):
+            begin, end = begins[y * s_width + x], ends[y * s_width + x]
+            if begin == end:
+                continue
+            left = x * sw - pad_left
+            j_first, j_last = _kernel_range(left, dw, kw, width)
+            for i in range(i_first, i_last):
+                row = top + i * dh
+                if row < row_first or row >= row_last:
+                    continue
+                q = row * width + left
+                if whole:
+                    for j in range(j_first, j_last):
+                        mark = marks + q + j * dw
+                        if not touched[mark]:
+                            touched[mark] = 1
+                            at = target + (q + j * dw) * stride
+                            arena[at : at + depth] = 0
+                if one_run:
+                    at, start = target + (q + j_first) * stride, w_offset + (i * kw + j_first) * depth
+                    size = (j_last - j_first) * depth
+                    _add_rows(
+                        arena, at, weights, start, size, per_filter, channels, values, begin, end
+                    )
+                    continue
+                for j in range(j_first, j_last):
+                    at = target + (q + j * dw) * stride + c_first
+                    start = w_offset + (i * kw + j) * depth + c_first
+                    _add_rows(
+                        arena, at, weights, start, part, per_filter, channels, values, begin, end
+                    )
 
 
 @njit(nogil=True, cache=True)
@@ -521,7 +520,8 @@ def _scatter_grouped(op, arena, weights, csr, touched):
                         co = channels[k]
                         to = at + co // outs * ins
                         w = op[W_OFFSET] + ((co * kh + i) * kw + j) * ins
-                        _add_row(arena[to : to + ins], weights[w : w + ins], values[k])
+                        for c in range(ins):
+                            arena[to + c] += values[k] * weights[w + c]
 
 
 @njit(nogil=True, cache=True)
@@ -546,14 +546,7 @@ def _scatter(op, arena, touched, weights, csr, member, members, barrier):
         if member == 0:
             _mark_reached(op, touched, csr)
         wait(barrier, members)
-    for y in range(op[S_H]):
-        top = y * op[SH] - op[TOP]
-        if top + (op[KH] - 1) * op[DH] < row_first or top >= row_last:
-            continue
-        for x in range(op[S_W]):
-            _scatter_pixel(
-                op, arena, weights, csr, y, x, row_first, row_last, c_first, c_last, touched
-            )
+    _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last)
     wait(barrier, members)
 
 
