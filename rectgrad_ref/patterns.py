@@ -1,9 +1,10 @@
 """Activations that exporters spell as several nodes, recognised as one.
 
 SiLU, GELU (by erf or tanh), HardSwish, HardSigmoid and Mish reach ONNX in many spellings: factors
-in any order, a division or a multiplication, a power or a product. They are not told apart by their
-spelling but by what they compute: a small cluster of elementwise nodes that has one variable input
-and one output is evaluated on a few points and compared with the known functions.
+in any order, a division or a multiplication, a power or a product. PyTorch also writes out Softsign
+and Softplus, and a clamp at 0 as a Max. They are not told apart by their spelling but by what they
+compute: a small cluster of elementwise nodes that has one variable input and one output is
+evaluated on a few points and compared with the known functions.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 
 _PARTS = frozenset({
     "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Min", "Max",
-    "Identity", "Relu", "Clip", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softplus",
+    "Identity", "Relu", "Clip", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softplus", "Abs",
+    "Where", "Greater", "GreaterOrEqual", "Less", "LessOrEqual",
 })  # fmt: skip
-# A cluster ends in a product, and contains one of these; anything else is arithmetic.
-_LAST = frozenset({"Mul", "Div"})
-_NONLINEAR = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Erf", "Clip", "Relu", "Min", "Exp"})
+# A cluster ends in a product or a choice, and contains one of these; all else is arithmetic.
+_LAST = frozenset({"Mul", "Div", "Max", "Clip", "Where"})
+_NONLINEAR = frozenset({
+    "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Clip", "Relu", "Min", "Max", "Exp", "Abs", "Where",
+})  # fmt: skip
 _LARGEST = 12  # nodes; the longest spelling of tanh-GELU in use has nine
 
-_POINTS = np.array([-7.3, -3.0, -2.1, -1.0, -0.4, 0.0, 0.3, 1.0, 1.9, 3.0, 4.2, 8.5])
+_POINTS = np.array([-7.3, -3.0, -2.1, -1.0, -0.4, 0.0, 0.3, 1.0, 1.9, 3.0, 4.2, 8.5, 25.0])
 # float32 constants such as √2 or 1.702 leave a relative error near 1e-7; erf- and tanh-GELU differ
 # by 1e-4.
 _TOLERANCE = 2e-6
@@ -41,8 +45,14 @@ _KNOWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Gelu", {"approximate": "tanh"}),
     ("HardSwish", {}),
     ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+    ("HardSigmoid", {"alpha": 0.2, "beta": 0.5}),  # Keras
     ("Mish", {}),
+    ("Softplus", {}),
+    ("Softsign", {}),
+    ("Relu", {}),
 )
+# A maximum with a small number, which keeps a divisor from 0, is no ReLU.
+_EXACT = frozenset({"Relu"})
 
 
 def fuse(nodes: Sequence[Node], kept: set[str]) -> tuple[Node, ...]:
@@ -104,8 +114,13 @@ def _clusters(last: Node, producer: dict[str, Node]) -> Iterator[tuple[str, list
 
 
 def _is_part(node: Node) -> bool:
-    scalars = all(c is None or c.size == 1 for c in node.constants)
-    return node.op in _PARTS and scalars and len(node.outputs) == 1
+    """Whether the node computes cell by cell, from variables of its own shape and from scalars."""
+    if node.op not in _PARTS or len(node.outputs) != 1:
+        return False
+    inputs = zip(node.inputs, node.constants, node.input_shapes, strict=True)
+    return all(
+        shape == node.output_shapes[0] if c is None else c.size == 1 for v, c, shape in inputs if v
+    )
 
 
 def _variables(node: Node) -> list[str]:
@@ -144,6 +159,7 @@ def _recognise(source: str, cluster: list[Node]) -> tuple[str, dict[str, Any]] |
     computed = values[cluster[-1].outputs[0]]
     for op, attributes in _KNOWN:
         expected = OPERATORS[op].forward(_fused(cluster[-1], source, op, attributes), _POINTS)
-        if np.allclose(computed, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+        tolerance = 0 if op in _EXACT else _TOLERANCE
+        if np.allclose(computed, expected, rtol=tolerance, atol=tolerance):
             return op, attributes
     return None
