@@ -21,8 +21,9 @@ _GATES = {"Sigmoid", "HardSigmoid", "Softmax"}
 # What a gate's value may pass before it multiplies another one.
 _CARRIERS = {
     "Reshape", "Expand", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Cast", "Transpose",
-    "Dropout", "Slice", "Split", "Tile", "Add", "Resize",
+    "Dropout", "Slice", "Split", "Tile", "Resize", "Add", "Sub", "Mul", "Div",
 }  # fmt: skip
+_WITH_CONSTANT = {"Add", "Sub", "Mul", "Div"}
 _NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softplus", "Softmax", "Exp", "Abs"}
 _KEEPS_SIGN = {
     "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Dropout", "Identity",
@@ -102,7 +103,7 @@ def _gates(graph: Graph, value: str) -> bool:
         others = [v for v in node.inputs if v and v != value and v not in graph.constants]
         if node.op in ("Mul", "MatMul", "Einsum") and others:
             return True
-        carries = node.op in _CARRIERS and (node.op != "Add" or not others)
+        carries = node.op in _CARRIERS and not (node.op in _WITH_CONSTANT and others)
         if carries and any(_gates(graph, v) for v in node.outputs if v):
             return True
     return False
@@ -179,7 +180,7 @@ def pads_input(graph: Graph, node: Node) -> bool:
         and feeding["mode"] == "constant"
         and _pads_with(feeding) == 0
         and feeding.constants[1] is not None
-        and bool(np.any(feeding.constants[1]))
+        and any(_pads_of(feeding))
         and len(graph.consumers[node.inputs[0]]) == 1
     )
 
@@ -293,17 +294,24 @@ def is_tensorflow_same(graph: Graph, node: Node) -> bool:
     equal to a stride above 1, which needs no padding where it fits, is not.
     """
     shape, after = node.input_shapes[0], node.output_shapes[0]
-    spatial, pads = shape[2:], np.array(node["pads"])
+    spatial, pads = shape[2:], node["pads"]
     feeding = graph.producer.get(node.inputs[0])
-    if feeding is not None and feeding.op == "Pad" and pads_input(graph, node) and not pads.any():
-        assert feeding.constants[1] is not None
-        rank = len(feeding.input_shapes[0])
+    if feeding is not None and not any(pads) and pads_input(graph, node):
         spatial = feeding.input_shapes[0][2:]
-        pads = feeding.constants[1].reshape(2, rank)[:, 2:].ravel()
+        pads = _pads_of(feeding)
     if any(k == s > 1 for k, s in zip(node["kernel_shape"], node["strides"], strict=True)):
         return False
     sizes = [-(-n // s) for n, s in zip(spatial, node["strides"], strict=True)]
-    return list(after[2:]) == sizes and tuple(pads) == same_pads(spatial, node.attributes)
+    return list(after[2:]) == sizes and pads == same_pads(spatial, node.attributes)
+
+
+def _pads_of(node: Node) -> tuple[int, ...]:
+    """What a Pad node adds around the spatial axes, in the order of a convolution's ``pads``."""
+    _, pads, _, axes = (*node.constants, None, None)[:4]
+    assert pads is not None
+    widths = np.zeros((2, len(node.input_shapes[0])), int)
+    widths[:, slice(None) if axes is None else axes] = pads.reshape(2, -1)
+    return tuple(widths[:, 2:].ravel().tolist())
 
 
 # Maps that are linear in the values that a gradient flows through, or select among them.
