@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def _per_channel(values: Array, rank: int) -> Array:
-    return values.reshape(-1, *(1,) * (rank - 2))
+    """Aligned with axis 1; before opset 9 they may differ from cell to cell too (``spatial`` 0)."""
+    return values.reshape(*values.shape, *(1,) * (rank - 1 - values.ndim))
 
 
 def _scale(node: Node, scale: Array, var: Array, rank: int) -> Array:

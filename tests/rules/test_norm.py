@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 @st.composite
 def batch_normalizations(draw: st.DrawFn) -> Case:
     rng, shape = draw(generators()), draw(shapes(2, 5))
-    scale, B, mean = (spread(rng, shape[1]) for _ in range(3))
-    var = spread(rng, shape[1], low=0.2)
-    epsilon = draw(st.sampled_from([1e-5, 1e-2]))
+    attributes = {"epsilon": draw(st.sampled_from([1e-5, 1e-2]))}
     opset = draw(st.sampled_from([7, 9, 14, NEWEST]))
-    return Case(
-        "BatchNormalization",
-        (spread(rng, *shape), scale, B, mean, var),
-        {"epsilon": epsilon},
-        opset=opset,
-    )
+    per = shape[1:2]
+    if opset == 7 and draw(st.booleans()):
+        attributes["spatial"], per = 0, shape[1:]
+    scale, B, mean = (spread(rng, *per) for _ in range(3))
+    operands = (spread(rng, *shape), scale, B, mean, spread(rng, *per, low=0.2))
+    return Case("BatchNormalization", operands, attributes, opset=opset)
 
 
 @st.composite
