@@ -165,9 +165,11 @@ class _Walk:
 
     def plant(self, seed: np.ndarray) -> None:
         """Put the gradient at the logits into its sheet."""
-        storage = self.program.sheets[self.program.plan.graph.logits].storage
-        self.memory.arenas[:, storage.offset : storage.offset + seed.shape[1]] = seed
-        self.memory.touched[:, storage.touched] = 1
+        sheet = self.program.sheets[self.program.plan.graph.logits]
+        offset, marks = sheet.storage.offset, sheet.storage.touched
+        # The scores lie along one axis, so that they have one order, channels last or not.
+        self.memory.arenas[:, offset : offset + seed.shape[1]] = seed
+        self.memory.touched[:, marks : marks + sheet.pixels] = 1
 
     def finish(self) -> None:
         """Run the table; where samples stop at a step, do it for all that wait there.
