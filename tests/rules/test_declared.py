@@ -278,6 +278,18 @@ def test_epsilon_ratio_by_hand() -> None:
     assert found.tolist() == [[10 * 2 / 2.5, 0, 10 * -1 / -2.5]]
 
 
+def test_epsilon_ratio_takes_zero_for_positive() -> None:
+    graph = single("Sigmoid", (1, 1))
+    assert run(EpsilonRatio(0.25), graph, np.zeros((1, 1)), np.array([[3.0]])).tolist() == [[6]]
+
+
+def test_rescale_takes_the_slope_half_way() -> None:
+    graph = single("Tanh", (1, 1))
+    z, z0 = np.array([[1.0]]), np.array([[-0.5]])
+    found = run(Rescale(eps=2), graph, z, np.array([[3.0]]), baseline=z0)
+    assert found[0, 0] == pytest.approx(3 / math.cosh(0.25) ** 2, rel=1e-15)
+
+
 def test_rescale_by_hand() -> None:
     graph = single("Relu", (1, 4))
     z, z0 = np.array([[3.0, 1, -1, 2]]), np.array([[-1.0, -1, -2, 2 - 1e-6]])
