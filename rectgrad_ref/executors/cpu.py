@@ -344,8 +344,9 @@ class _Lowering:
             target = self.sheet(image)
             h, w, c = target.height, target.width, target.channels
             columns = {k.KH: h, k.KW: w, k.SH: 1, k.SW: 1, k.DH: 1, k.DW: 1, k.GROUP: 1}
+            use = f"matrix {h} {w} {node.attributes.get('transB')} {node.attributes.get('alpha')}"
             columns[k.W_OFFSET] = self.weights.add(
-                node.inputs[1], f"matrix {h} {w}", lambda: _matrix_rows(node, (c, h, w))
+                node.inputs[1], use, lambda: _matrix_rows(node, (c, h, w))
             )
             columns[k.DENSE] = NEVER
         self.steps[len(self.rows)] = step
