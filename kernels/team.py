@@ -70,7 +70,7 @@ def _yield_processor(typing_context: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def wait(barrier, members):  # type: ignore[no-untyped-def]
+def wait(barrier, members):
     """Return when all `members` threads have called; what they wrote before is then visible."""
     if members == 1:
         return

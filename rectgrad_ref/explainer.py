@@ -435,7 +435,7 @@ def _targets(
     if target is None:
         return None
     one = isinstance(target, str) or not np.iterable(target)
-    items: list[Any] = [target] * samples if one else list(target)
+    items: list[Any] = [target] * samples if one else list(target)  # type: ignore[arg-type]
     if len(items) != samples:
         raise InvalidTarget(f"{len(items)} targets for {samples} samples")
     return np.array([_class_index(item, classes, names) for item in items], np.int64)
