@@ -354,7 +354,7 @@ class _Builder:
             self.types.update((v, onnx.TypeProto()) for v in proto.output)
             return
         data = {
-            v: numpy_helper.from_array(np.ascontiguousarray(self.constants[v]), v)
+            v: numpy_helper.from_array(np.asarray(self.constants[v], order="C"), v)
             for v in proto.input
             if v in self.constants and self.constants[v].size <= _DECIDES_SHAPES
         }
