@@ -44,7 +44,7 @@ PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = rang
 # Shared words of a team: how many nonzeros, the threshold or its bound, whether it is final.
 COUNT, THRESHOLD, FINAL, SHARED = 0, 8, 16, 24
 _SAMPLED_LEAST, _SAMPLED_MOST = 128, 2048
-_BLOCK = 16
+_BINS = 256
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -78,53 +78,80 @@ def _share(n, member, members):
 
 
 @njit(nogil=True, cache=True)
-def _emit_passing(row, a, r, mode, eps, ceiling, base, channels, values):
+def _emit_passing(
+    arena, row, active, where, width, mode, eps, ceiling, end, channels, values
+):  # fmt: skip
     """Append the nonzero gradients that pass without a threshold; returns the new end."""
-    end = base
-    for c in range(row.size):
-        if row[c] != 0 and a[c] < ceiling and _passes(mode, a[c], row[c], eps):
+    for c in range(width):
+        r, a = arena[row + c], active[where + c]
+        if r != 0 and a < ceiling and _passes(mode, a, r, eps):
             channels[end] = c
-            values[end] = row[c]
+            values[end] = r
             end += 1
     return end
 
 
 @njit(nogil=True, cache=True)
-def _emit_above(row, a, mode, eps, bound, base, channels, values, scores):
+def _emit_above(
+    arena, row, active, where, width, mode, eps, bound, end, channels, values, scores
+):  # fmt: skip
     """Append the units whose score is above `bound`; returns the new end.
 
-    Blocks without any are passed over by one vector comparison.
+    Each unit is written and most are overwritten, because a branch on each would be mispredicted.
+    Indices are unsigned: signed ones are checked for counting from the end.
     """
-    end = base
-    n = row.size
-    whole = n - n % _BLOCK
-    for b in range(0, whole, _BLOCK):
-        block, active = row[b : b + _BLOCK], a[b : b + _BLOCK]
-        hit = False
-        for j in range(_BLOCK):
-            hit |= _score(mode, active[j], block[j], eps) > bound
-        if hit:
-            # Each unit is written and most are overwritten: branches would be mispredicted.
-            for j in range(_BLOCK):
-                s = _score(mode, active[j], block[j], eps)
-                channels[end] = b + j
-                values[end] = block[j]
-                scores[end] = s
-                end += s > bound
-    for c in range(whole, n):
-        s = _score(mode, a[c], row[c], eps)
-        if s > bound:
-            channels[end] = c
-            values[end] = row[c]
-            scores[end] = s
-            end += 1
-    return end
+    r0, a0, at = np.uint64(row), np.uint64(where), np.uint64(end)
+    for c in range(np.uint64(width)):
+        r = arena[r0 + c]
+        s = _score(mode, active[a0 + c], r, eps)
+        channels[at] = np.int32(c)
+        values[at] = r
+        scores[at] = s
+        at += np.uint64(s > bound)
+    return np.int64(at)
 
 
 @njit(nogil=True, cache=True)
 def nth_largest(values, k):
-    """The k-th largest (0-based) of `values`, which are reordered. Quickselect, three-way."""
-    low, high = 0, values.size - 1
+    """The k-th largest (0-based) of `values`, which are overwritten.
+
+    Histograms narrow the choice down until a bin is small; then quickselect.
+    """
+    n = values.size
+    counts = np.empty(_BINS, np.int64)
+    while n > 4 * _BINS:
+        low, high = values[0], values[0]
+        for i in range(n):
+            low, high = min(low, values[i]), max(high, values[i])
+        span = high - low
+        if not (span > 0 and span < np.inf):
+            break
+        scale = np.float32(_BINS - 1) / span
+        if not scale < np.inf:
+            break
+        counts[:] = 0
+        # Rounding is monotonic, and so is the bin of a value.
+        for i in range(n):
+            counts[int((values[i] - low) * scale)] += 1
+        bin_, above = _BINS - 1, 0
+        while above + counts[bin_] <= k:
+            above += counts[bin_]
+            bin_ -= 1
+        if counts[bin_] == n:
+            break
+        kept = 0
+        for i in range(n):
+            v = values[i]
+            values[kept] = v
+            kept += int((v - low) * scale) == bin_
+        n, k = kept, k - above
+    return _quickselect(values, n, k)
+
+
+@njit(nogil=True, cache=True)
+def _quickselect(values, n, k):
+    """The k-th largest of the first `n`, by three-way partitions."""
+    low, high = 0, n - 1
     while low < high:
         a, b, c = values[low], values[(low + high) // 2], values[high]
         pivot = max(min(a, b), min(max(a, b), c))
@@ -174,59 +201,69 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
 
 
 @njit(nogil=True, cache=True)
-def _exact_ranks(op, arena, touched, active, mode, eps, low, high, work):
-    """Both order statistics from all scores, for thresholds that may be negative."""
-    pixels, channels = op[S_H] * op[S_W], op[S_C]
-    for p in range(pixels):
-        for c in range(channels):
+def _all_scores(op, arena, touched, active, mode, eps, work):
+    """The scores of all units; returns how many there are."""
+    width, n = op[S_C], 0
+    for p in range(op[S_H] * op[S_W]):
+        for c in range(width):
             s = np.float32(0)
             if touched[op[S_TOUCHED] + p]:
                 r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
                 s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
-            work[p * channels + c] = s
-    n = pixels * channels
-    upper = nth_largest(work[:n], high)
-    return (upper if low == high else nth_largest(work[:n], low)), upper
+            work[n] = s
+            n += 1
+    return n
 
 
 @njit(nogil=True, cache=True)
 def _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr):
     """Collect units of the pixels first … last; bound < 0 stands for "whatever passes"."""
     begins, ends, channels, values, scores = csr
-    width = op[S_C]
+    width, marks = op[S_C], op[S_TOUCHED]
+    source, stride, read, read_stride = op[S_OFFSET], op[S_STRIDE], op[A_OFFSET], op[A_STRIDE]
     end = first * width
     for p in range(first, last):
         begins[p] = end
-        if touched[op[S_TOUCHED] + p]:
-            start = op[S_OFFSET] + p * op[S_STRIDE]
-            row = arena[start : start + width]
-            where = op[A_OFFSET] + p * op[A_STRIDE]
-            a = active[where : where + width]
+        if touched[marks + p]:
+            row, where = source + p * stride, read + p * read_stride
             if bound < 0:
-                end = _emit_passing(row, a, row, mode, eps, ceiling, end, channels, values)
+                end = _emit_passing(
+                    arena, row, active, where, width, mode, eps, ceiling, end, channels, values
+                )
             else:
-                end = _emit_above(row, a, mode, eps, bound, end, channels, values, scores)
+                end = _emit_above(
+                    arena,
+                    row,
+                    active,
+                    where,
+                    width,
+                    mode,
+                    eps,
+                    bound,
+                    end,
+                    channels,
+                    values,
+                    scores,
+                )
         ends[p] = end
-    return end - first * width
 
 
 @njit(nogil=True, cache=True)
 def _filter(op, first, last, active, tau, ceiling, csr):
     """Keep the collected units whose score is above τ and whose activation is below the ceiling."""
     begins, ends, channels, values, scores = csr
-    kept = 0
+    read, read_stride, bounded = op[A_OFFSET], op[A_STRIDE], ceiling < np.inf
     for p in range(first, last):
-        end = begins[p]
-        where = op[A_OFFSET] + p * op[A_STRIDE]
-        for i in range(begins[p], ends[p]):
-            c = channels[i]
-            if np.float64(scores[i]) > tau and values[i] != 0 and active[where + c] < ceiling:
-                channels[end] = c
-                values[end] = values[i]
-                end += 1
-        ends[p] = end
-        kept += end - begins[p]
-    return kept
+        at = np.uint64(begins[p])
+        for i in range(at, np.uint64(ends[p])):
+            c, v = channels[i], values[i]
+            passes = (np.float64(scores[i]) > tau) & (v != 0)
+            if bounded:
+                passes &= active[read + p * read_stride + c] < ceiling
+            channels[at] = c
+            values[at] = v
+            at += np.uint64(passes)
+        ends[p] = np.int64(at)
 
 
 @njit(nogil=True, cache=True)
@@ -254,6 +291,12 @@ def _negatives(op, first, last, arena, touched, active, mode, eps):
 
 
 @njit(nogil=True, cache=True)
+def _between(lower, upper, fraction):
+    """The interpolated percentile, in double precision from the rounded scores."""
+    return np.float64(lower) + (np.float64(upper) - np.float64(lower)) * fraction
+
+
+@njit(nogil=True, cache=True)
 def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, members, barrier):
     """τ of this layer, after which the candidates in `csr` include every unit above it.
 
@@ -273,27 +316,27 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
         wait(barrier, members)
         if member == 0:
             found = _collected(csr, pixels, work)
+            shared[FINAL] = 1
             if found > low:
-                upper = nth_largest(work[:found], high)
-                lower = upper if low == high else nth_largest(work[:found], low)
-                top, bottom = np.float64(upper), np.float64(lower)
-                shared[THRESHOLD] = bottom + (top - bottom) * floats[FRACTION]
-                shared[FINAL] = 1
+                upper = lower = nth_largest(work[:found], high)
+                if low != high:
+                    _collected(csr, pixels, work)
+                    lower = nth_largest(work[:found], low)
+                shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
             elif bound > 0:
-                shared[THRESHOLD] = 0
-                shared[FINAL] = 0
+                shared[THRESHOLD] = shared[FINAL] = 0
             else:
                 n = pixels * op[S_C]
                 below = _negatives(op, 0, pixels, arena, touched, active, mode, eps)
                 if n - below > low and found <= high:
                     shared[THRESHOLD] = 0
                 else:
-                    lower, upper = _exact_ranks(
-                        op, arena, touched, active, mode, eps, low, high, work
-                    )
-                    top, bottom = np.float64(upper), np.float64(lower)
-                    shared[THRESHOLD] = bottom + (top - bottom) * floats[FRACTION]
-                shared[FINAL] = 1
+                    _all_scores(op, arena, touched, active, mode, eps, work)
+                    upper = lower = nth_largest(work[:n], high)
+                    if low != high:
+                        _all_scores(op, arena, touched, active, mode, eps, work)
+                        lower = nth_largest(work[:n], low)
+                    shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
         wait(barrier, members)
         done, bound = shared[FINAL] == 1, np.float32(shared[THRESHOLD])
         tau = shared[THRESHOLD]
@@ -307,7 +350,7 @@ def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, 
     """τ < 0: units of zero score pass as well, so every touched unit is compared."""
     begins, ends, channels, values, _ = csr
     width = op[S_C]
-    end, kept = first * width, 0
+    end = first * width
     for p in range(first, last):
         begins[p] = end
         if touched[op[S_TOUCHED] + p]:
@@ -320,8 +363,6 @@ def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, 
                     values[end] = r
                     end += 1
         ends[p] = end
-        kept += end - begins[p]
-    return kept
 
 
 @njit(nogil=True, cache=True)
@@ -405,7 +446,7 @@ def _touch(op, arena, touched, p, first, last):
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def _add_rows(out, at, weights, start, size, per_filter, channels, values, begin, end):
-    """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end, four at a time.
+    """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end, by fours.
 
     Indices are unsigned: signed ones are checked for counting from the end, which stands in the way
     of vector instructions.
@@ -482,7 +523,10 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
                             at = target + (q + j * dw) * stride
                             arena[at : at + depth] = 0
                 if one_run:
-                    at, start = target + (q + j_first) * stride, w_offset + (i * kw + j_first) * depth
+                    at, start = (
+                        target + (q + j_first) * stride,
+                        w_offset + (i * kw + j_first) * depth,
+                    )
                     size = (j_last - j_first) * depth
                     _add_rows(
                         arena, at, weights, start, size, per_filter, channels, values, begin, end
