@@ -89,7 +89,7 @@ def test_not_an_onnx_file(tmp_path: Path, data: bytes) -> None:
 
 
 def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InvalidModel, match="cannot read .*missing"):
+    with pytest.raises(InvalidModel, match=r"cannot read .*missing"):
         read_model(tmp_path / "missing.onnx")
     with pytest.raises(InvalidModel, match="cannot read"):
         read_model(tmp_path)
