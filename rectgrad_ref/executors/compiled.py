@@ -203,7 +203,7 @@ class _Walk:
         everyone = len(waiting) == self.samples
         pick = slice(None) if everyone else waiting
         arenas, touched = self.memory.arenas[pick], self.memory.touched[pick]
-        if scatters(step):
+        if scatters(step, self.samples):
             self._dense(step.node, arenas, touched)
         else:
             self._reference(step, arenas, touched)

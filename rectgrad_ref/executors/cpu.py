@@ -199,7 +199,7 @@ class _Lowering:
         )
 
     def _lower(self, step: Step) -> None:
-        handler = _HANDLERS.get(step.node.op)
+        handler = _handler(step, self.graph.batch)
         if handler is None or not handler(self, step):
             self.reference(step)
         self.finished(step)
@@ -304,15 +304,13 @@ class _Lowering:
             return False
         columns, numbers = mode
         node = step.node
-        shape = node.output_shapes[0]
-        if len(shape) == 4 and shape[0] != self.graph.batch:
-            return False
         sheet = self.sheet(node.outputs[0])
         reads = self.activations(node.outputs[0])
         self.emit(k.ACTIVATE, sheet.source, reads, columns, numbers=numbers)
         z = node.inputs[0]
         before = self.step_of.get(z)
-        if self.readers[z] == 1 and not self.trace and before is not None and scatters(before):
+        straight = before is not None and scatters(before, self.graph.batch)
+        if before is not None and straight and self.readers[z] == 1 and not self.trace:
             # What passes goes straight on; should it be too much, the layer's own sheet holds it.
             self.name(z, sheet)
             self.scatter(before)
@@ -323,7 +321,7 @@ class _Lowering:
         return True
 
     def convolution(self, step: Step) -> bool:
-        if not scatters(step):
+        if not scatters(step, self.graph.batch):
             return False
         self.emit(k.COMPACT, self.sheet(step.node.outputs[0]).source)
         self.scatter(step)
@@ -400,8 +398,6 @@ class _Lowering:
             or rank not in (2, 4)
             or len(set(node.inputs)) < len(node.inputs)
         ):
-            return False
-        if node.output_shapes[0][0] != self.graph.batch:
             return False
         sheet = self.sheet(node.outputs[0])
         channel = 0
@@ -512,16 +508,26 @@ _HANDLERS: dict[str, Handler] = {
 }
 
 
+def _handler(step: Step, batch: int) -> Handler | None:
+    """What may express the step: it can be cut into samples if they lie along every axis 0.
+
+    A model for one image may fold other things into that axis.
+    """
+    node = step.node
+    shapes = (node.output_shapes[0], *(node.input_shapes[p] for p in step.positions))
+    return _HANDLERS.get(node.op) if all(shape[:1] == (batch,) for shape in shapes) else None
+
+
 def _renames(step: Step) -> bool:
-    shapes = (step.node.input_shapes[0], step.node.output_shapes[0])
-    same_batch = shapes[0][:1] == shapes[1][:1]
     names = _HANDLERS.get(step.node.op) is _Lowering.rename
-    return names and isinstance(step.rule, Gradient) and step.positions == (0,) and same_batch
+    return names and isinstance(step.rule, Gradient) and step.positions == (0,)
 
 
-def scatters(step: Step) -> bool:
+def scatters(step: Step, batch: int) -> bool:
     """Whether the step is the transpose of constant weights that the table knows."""
     node = step.node
+    if _handler(step, batch) is not _Lowering.convolution:
+        return False
     if step.positions != (0,) or not isinstance(step.rule, (Gradient, ConvTranspose)):
         return False
     if len(node.constants) < 2 or node.constants[1] is None:
@@ -620,11 +626,11 @@ def is_lowerable(plan: Plan) -> bool:
 
 def runs_as(step: Step, batch: int) -> str:
     """What executes a step, for the printed plan: a compiled kernel, or the rule in NumPy."""
-    handler = _HANDLERS.get(step.node.op)
+    handler = _handler(step, batch)
     if handler is _Lowering.activation:
         return "numba" if _activation_mode(step, batch) else "numpy"
     if handler is _Lowering.convolution:
-        return "numba" if scatters(step) else "numpy"
+        return "numba" if scatters(step, batch) else "numpy"
     return "numba" if handler is not None else "numpy"
 
 
