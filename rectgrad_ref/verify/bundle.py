@@ -87,11 +87,7 @@ class Bundle:
     @property
     def method(self) -> Method:
         """The method with all its conventions."""
-        options = {
-            name: float(value) if value in ("inf", "-inf") else value
-            for name, value in self.provenance["options"].items()
-        }
-        return make_method(self.provenance["method"], **options)
+        return _method(self.provenance)
 
     @property
     def sha256(self) -> str:
@@ -319,6 +315,10 @@ class _Reader:
             raise InvalidBundle(
                 f"{self.name}: unknown method {found['method']!r} or dtype {found['dtype']!r}"
             )
+        try:
+            _method(found)
+        except (TypeError, ValueError) as error:
+            raise InvalidBundle(f"{self.name}: its conventions are not known: {error}") from error
         for shape in (found["shape"], *(_shape_of(entry) for entry in found["layers"])):
             if not shape or not all(type(n) is int and n >= 0 for n in shape):
                 raise InvalidBundle(f"{self.name}: {shape} in its provenance is no shape")
@@ -366,6 +366,14 @@ class _Reader:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise InvalidBundle(f"{self.name}: the model inside is not the one of its provenance")
         return data
+
+
+def _method(provenance: Mapping[str, Any]) -> Method:
+    options: dict[str, Any] = {
+        name: float(value) if value in ("inf", "-inf") else value
+        for name, value in provenance["options"].items()
+    }
+    return make_method(str(provenance["method"]), "default", **options)
 
 
 def _shape_of(entry: Any) -> Any:
