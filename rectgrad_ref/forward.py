@@ -19,6 +19,7 @@ from onnx import helper
 from .errors import BackendUnavailable, InvalidModel, UnsupportedOperator
 from .graph import Graph, Node, input_spec
 from .model import Model
+from .reference import constant_as
 from .rules import OPERATORS
 
 
@@ -63,7 +64,7 @@ class NumpyForward:
         return {name: self._read(graph, values, name) for name in names}
 
     def _read(self, graph: Graph, values: dict[str, np.ndarray], name: str) -> np.ndarray:
-        return values[name] if name in values else self._typed(graph.constants[name])
+        return values[name] if name in values else constant_as(graph.constants[name], self.dtype)
 
     def _typed(self, value: np.ndarray) -> np.ndarray:
         is_float = np.issubdtype(value.dtype, np.floating)

@@ -21,16 +21,11 @@ from onnx import helper, numpy_helper, shape_inference
 
 from . import opsets
 from .errors import InvalidModel
-from .model import Model
+from .model import DAMAGE, Model
 from .opsets import Shape
 from .patterns import fuse
 from .rules import OPERATORS
 
-# What onnx and protobuf raise where a file is damaged.
-_DAMAGE = (
-    onnx.checker.ValidationError, shape_inference.InferenceError, RuntimeError, ValueError,
-    TypeError, LookupError, ArithmeticError,
-)  # fmt: skip
 # Constants up to this size may decide shapes (Reshape, Slice, Pad …) and are shown to inference.
 _DECIDES_SHAPES = 64
 _PASS_THROUGH = {
@@ -243,7 +238,7 @@ class _Builder:
         self.batch = input_shape[0]
         self.nodes: list[Node] = []
         self.names: set[str] = set()
-        self.constants = _initializers(model)
+        self.constants = dict(model.initializers)
         self.types = {name: _tensor_type(a.dtype, a.shape) for name, a in self.constants.items()}
         self.types[image.name] = _tensor_type(image.dtype, input_shape)
 
@@ -289,7 +284,7 @@ class _Builder:
         name = self._unique(proto.name or _key(proto))
         try:
             values = opsets.attributes(proto, opset)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise InvalidModel(
                 f"{self.model.name}: an attribute of {op} {name!r} is damaged: {error}"
             ) from error
@@ -330,7 +325,7 @@ class _Builder:
             return None
         try:
             result = OPERATORS[node.op].forward(node, *arguments)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise InvalidModel(f"{self.model.name}: {node} cannot be computed: {error}") from error
         return result if isinstance(result, tuple) else (result,)
 
@@ -360,7 +355,7 @@ class _Builder:
         }
         try:
             found = shape_inference.infer_node_outputs(definition, proto, types, data)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise InvalidModel(
                 f"{self.model.name}: {proto.op_type} {proto.name or _key(proto)!r} does not fit "
                 f"inputs of shape {', '.join(str(self._shape(v)) for v in proto.input)}: {error}"
@@ -389,25 +384,6 @@ class _Builder:
     def _dtype(self, value: str) -> np.dtype[Any] | None:
         proto = self.types.get(value)
         return _numpy_dtype(proto.tensor_type.elem_type) if proto is not None else None
-
-
-def _initializers(model: Model) -> dict[str, np.ndarray]:
-    constants = {}
-    for tensor in model.proto.graph.initializer:
-        try:
-            constants[tensor.name] = numpy_helper.to_array(tensor)
-        except _DAMAGE as error:
-            raise InvalidModel(
-                f"{model.name}: the initializer {tensor.name!r} is damaged: {error}"
-            ) from error
-    for sparse in model.proto.graph.sparse_initializer:
-        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-        dense = np.zeros(tuple(sparse.dims), values.dtype)
-        dense[np.unravel_index(places, dense.shape) if places.ndim == 1 else tuple(places.T)] = (
-            values
-        )
-        constants[sparse.values.name] = dense
-    return constants
 
 
 def _tensor_type(dtype: np.dtype[Any], shape: Shape) -> onnx.TypeProto:

@@ -14,12 +14,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper, shape_inference
 
 from .errors import InvalidModel
 
 ModelSource: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
+
+# What onnx and protobuf raise where a file is damaged.
+DAMAGE = (
+    onnx.checker.ValidationError, shape_inference.InferenceError, RuntimeError, ValueError,
+    TypeError, LookupError, ArithmeticError,
+)  # fmt: skip
 
 OLDEST_OPSET = 7  # the first with NumPy broadcasting, on which every rule relies
 
@@ -50,6 +57,27 @@ class Model:
         """SHA-256 of the model: of the file's bytes, or of the serialised ModelProto."""
         data = self.path.read_bytes() if self.path else self.proto.SerializeToString()
         return hashlib.sha256(data).hexdigest()
+
+    @cached_property
+    def initializers(self) -> dict[str, np.ndarray]:
+        """The weights by name, sparse ones made dense; shared by every graph of the model.
+
+        Raises
+        ------
+        InvalidModel
+            A tensor's data do not fit its shape or type.
+        """
+        values = {}
+        for tensor in self.proto.graph.initializer:
+            try:
+                values[tensor.name] = numpy_helper.to_array(tensor)
+            except DAMAGE as error:
+                raise InvalidModel(
+                    f"{self.name}: the initializer {tensor.name!r} is damaged: {error}"
+                ) from error
+        for sparse in self.proto.graph.sparse_initializer:
+            values[sparse.values.name] = _dense(sparse)
+        return values
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -192,3 +220,11 @@ def _tensors(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Tensor
                 yield from _tensors(graph)
     for tensor in sparse:
         yield from [tensor.values, tensor.indices]
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    index = np.unravel_index(places, dense.shape) if places.ndim == 1 else tuple(places.T)
+    dense[index] = values
+    return dense

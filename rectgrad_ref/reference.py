@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -65,7 +66,22 @@ def _take(
 
 def constants_as(constants: Mapping[str, np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
     """The constants with floating-point ones in the compute dtype."""
-    return {
-        name: value.astype(dtype, copy=False) if np.issubdtype(value.dtype, np.floating) else value
-        for name, value in constants.items()
-    }
+    return {name: constant_as(value, dtype) for name, value in constants.items()}
+
+
+def constant_as(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """One constant, if it is floating-point, in the compute dtype.
+
+    It is converted once and kept as long as the constant itself: the weights of a model are shared
+    by its graphs for all batch sizes and by all plans.
+    """
+    if value.dtype == dtype or not np.issubdtype(value.dtype, np.floating):
+        return value
+    key = (id(value), np.dtype(dtype).str)
+    if key not in _CONVERTED:
+        _CONVERTED[key] = value.astype(dtype)
+        weakref.finalize(value, _CONVERTED.pop, key, None)
+    return _CONVERTED[key]
+
+
+_CONVERTED: dict[tuple[int, str], np.ndarray] = {}
