@@ -366,21 +366,29 @@ def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, 
 
 
 @njit(nogil=True, cache=True)
-def _clear_border(op, csr):
-    """The padding trick: forget what lies in the first and last cell of a spatial axis."""
-    begins, ends = csr[0], csr[1]
-    h, w = op[S_H], op[S_W]
-    for y in range(h):
-        for x in range(w):
-            if y == 0 or y == h - 1 or x == 0 or x == w - 1:
-                ends[y * w + x] = begins[y * w + x]
+def _on_border(op, y, x):
+    """Whether the padding trick is on and the pixel is the first or last of a spatial axis."""
+    inside = 0 < y < op[S_H] - 1 and 0 < x < op[S_W] - 1
+    return op[BORDER] and not inside
 
 
 @njit(nogil=True, cache=True)
-def _count(csr, pixels):
+def _clear_border(op, csr):
+    begins, ends = csr[0], csr[1]
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            if _on_border(op, y, x):
+                ends[y * op[S_W] + x] = begins[y * op[S_W] + x]
+
+
+@njit(nogil=True, cache=True)
+def _count(op, csr):
+    """How many nonzeros are not on the border."""
     n = 0
-    for p in range(pixels):
-        n += csr[1][p] - csr[0][p]
+    for y in range(op[S_H]):
+        for x in range(op[S_W]):
+            if not _on_border(op, y, x):
+                n += csr[1][y * op[S_W] + x] - csr[0][y * op[S_W] + x]
     return n
 
 
@@ -813,14 +821,16 @@ def _run(
 
 @njit(nogil=True, cache=True)
 def _too_many(op, arena, touched, csr, shared, member, members, barrier):
-    """Whether the scatter is left to a dense product; if so, its source is put into its sheet."""
+    """Whether the scatter is left to a dense product; if so, its source is put into its sheet.
+
+    With its border, which a trace shows: the padding trick is then left to the product too.
+    """
     if member == 0:
-        if op[BORDER]:
-            _clear_border(op, csr)
-        count = _count(csr, op[S_H] * op[S_W])
-        shared[COUNT] = count
-        if count > op[DENSE]:
+        shared[COUNT] = _count(op, csr)
+        if shared[COUNT] > op[DENSE]:
             _spread_out(op, arena, touched, csr)
+        else:
+            _clear_border(op, csr)
     wait(barrier, members)
     dense = shared[COUNT] > op[DENSE]
     wait(barrier, members)

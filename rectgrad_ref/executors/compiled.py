@@ -11,12 +11,11 @@ from math import prod
 import numpy as np
 
 from ..forward import OnnxruntimeForward
-from ..graph import Node
 from ..kernels import cpu as k
 from ..kernels.team import new_barrier
 from ..plan import Plan, Step
 from ..reference import NOTHING, constants_as
-from ..rules.declared import Call, Values
+from ..rules.declared import Call, ConvTranspose, Values, mask_border
 from .cpu import (
     Program,
     WeightStore,
@@ -113,7 +112,7 @@ class CompiledRunner:
         if observe is not None:
             for step in self._layers():
                 a = values[step.node.outputs[0]]
-                observe(step, a, run.gradient(step.node.outputs[0]), run.gradient(step.writes[0]))
+                observe(step, a, run.gradient(step.node.outputs[0]), run.leaving(step))
         R = run.gradient(graph.input)
         if program is self.program:
             self._memories.append(memory)
@@ -195,6 +194,13 @@ class _Walk:
         sheet = self.program.sheets[value]
         return np.asarray(array_of(sheet, self.memory.arenas, self.memory.touched, shape))
 
+    def leaving(self, step: Step) -> np.ndarray:
+        """R_in of a traced activation."""
+        z, sheet = step.node.inputs[0], self.program.leaving.get(step.node.name)
+        if sheet is None:
+            return self.gradient(z)
+        return array_of(sheet, self.memory.arenas, self.memory.touched, step.node.input_shapes[0])
+
     def _step(self, step: Step, waiting: np.ndarray) -> None:
         """A step that has no kernel, by its rule; or a scatter of too many, by a dense product.
 
@@ -204,16 +210,20 @@ class _Walk:
         pick = slice(None) if everyone else waiting
         arenas, touched = self.memory.arenas[pick], self.memory.touched[pick]
         if scatters(step, self.samples):
-            self._dense(step.node, arenas, touched)
+            self._dense(step, arenas, touched)
         else:
             self._reference(step, arenas, touched)
         if not everyone:
             self.memory.arenas[pick], self.memory.touched[pick] = arenas, touched
 
-    def _dense(self, node: Node, arenas: np.ndarray, touched: np.ndarray) -> None:
+    def _dense(self, step: Step, arenas: np.ndarray, touched: np.ndarray) -> None:
+        node = step.node
         source, target = self.program.sheets[node.outputs[0]], self.program.sheets[node.inputs[0]]
+        R = image_of(source, arenas, touched)
+        if isinstance(step.rule, ConvTranspose) and step.rule.mask_border:
+            R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
         with Crew(self.backend.threads) as crew:
-            result = self.backend.dense(node, image_of(source, arenas, touched), crew)
+            result = self.backend.dense(node, R, crew)
         add_image(target, arenas, touched, result)
 
     def _reference(self, step: Step, arenas: np.ndarray, touched: np.ndarray) -> None:
@@ -222,7 +232,8 @@ class _Walk:
         R = tuple(array_of(sheets[v], arenas, touched, shapes[v] or ()) for v in node.outputs if v)
         for position, value in zip(step.positions, step.writes, strict=True):
             call = Call(node, position, R, self.values, self.baseline, self.samples)
-            add_array(sheets[value], arenas, touched, step.rule(call))
+            sheet = self.program.leaving.get(node.name) if position == 0 else None
+            add_array(sheet or sheets[value], arenas, touched, step.rule(call))
 
     def _advance(self, samples: np.ndarray) -> None:
         """Each sample as far as the table goes: a thread each, or one team for few samples."""

@@ -118,6 +118,9 @@ class Program:
         Table row → the step that may stop there: one for the reference, or a scatter.
     sheets : dict of str to Sheet
         Of every value, valid until its storage is reused.
+    leaving : dict of str to Sheet
+        Of a trace: name of an activation → the gradient that leaves it, where other nodes read its
+        pre-activation too.
     exposes : tuple of str
         Values that steps of the reference read.
     active : dict of str to int
@@ -129,6 +132,7 @@ class Program:
     floats: np.ndarray
     steps: dict[int, Step]
     sheets: dict[str, Sheet]
+    leaving: dict[str, Sheet]
     exposes: tuple[str, ...]
     active: dict[str, int]
     arena_size: int
@@ -159,6 +163,7 @@ class _Lowering:
     rows: list[tuple[Columns, dict[int, float]]] = field(default_factory=list)
     steps: dict[int, Step] = field(default_factory=dict)
     sheets: dict[str, Sheet] = field(default_factory=dict)
+    leaving: dict[str, Sheet] = field(default_factory=dict)
     exposes: dict[str, None] = field(default_factory=dict)
     active: dict[str, int] = field(default_factory=dict)
     free: list[tuple[int, int]] = field(default_factory=list)
@@ -189,6 +194,7 @@ class _Lowering:
             floats=floats,
             steps=self.steps,
             sheets=self.sheets,
+            leaving=self.leaving,
             exposes=tuple(self.exposes),
             active=self.active,
             arena_size=self.arena_size,
@@ -202,6 +208,9 @@ class _Lowering:
         handler = _handler(step, self.graph.batch)
         if handler is None or not handler(self, step):
             self.reference(step)
+        if step.node.name in self.leaving:
+            target = self.sheet(step.node.inputs[0]).target
+            self.emit(k.ADD, self.leaving[step.node.name].source, target)
         self.finished(step)
 
     def finished(self, step: Step) -> None:
@@ -216,6 +225,8 @@ class _Lowering:
         for value in (*step.node.outputs, *step.writes):
             if value:
                 self.sheet(value)
+        if step.node.name in self.plan.layers:
+            self.leaves(step)
         self.exposes.update(dict.fromkeys(v for v in step.reads if v not in self.graph.constants))
         self.steps[len(self.rows)] = step
         self.emit(k.STOP)
@@ -257,6 +268,19 @@ class _Lowering:
             target = self.sheet(value)
             self.emit(k.ADD, sheet.source, target.target)
 
+    def leaves(self, step: Step) -> Sheet:
+        """Where the gradient goes that leaves an activation.
+
+        A trace shows it apart from what other readers of the pre-activation add to it.
+        """
+        z, name = step.node.inputs[0], step.node.name
+        if self.readers[z] == 1 or not self.trace:
+            return self.sheet(z)
+        if name not in self.leaving:
+            self.leaving[name] = self._new(self.extents(z))
+            self.emit(k.FORGET, self.leaving[name].target)
+        return self.leaving[name]
+
     def activations(self, value: str) -> Columns:
         """Where the value's activations lie; asks the forward pass for them."""
         height, width, channels = self.extents(value)
@@ -267,8 +291,12 @@ class _Lowering:
         return {k.A_OFFSET: self.active[value], k.A_LENGTH: units, k.A_STRIDE: channels}
 
     def _allocate(self, value: str) -> Sheet:
+        self.name(value, self._new(self.extents(value)))
+        return self.sheets[value]
+
+    def _new(self, extents: tuple[int, int, int]) -> Sheet:
         """First fit among what was given back, in whole cache lines."""
-        height, width, channels = self.extents(value)
+        height, width, channels = extents
         size = -(-height * width * channels // 16) * 16
         fits = (i for i, (_, length) in enumerate(self.free) if length >= size)
         where = next(fits, None)
@@ -281,8 +309,7 @@ class _Lowering:
                 self.free.insert(where, (offset + size, length - size))
         storage = Storage(offset, size, self.touched_size)
         self.touched_size += height * width
-        self.name(value, Sheet(storage, 0, channels, height, width, channels))
-        return self.sheets[value]
+        return Sheet(storage, 0, channels, height, width, channels)
 
     def _release(self, storage: Storage) -> None:
         storage.users -= 1
@@ -308,16 +335,16 @@ class _Lowering:
         reads = self.activations(node.outputs[0])
         self.emit(k.ACTIVATE, sheet.source, reads, columns, numbers=numbers)
         z = node.inputs[0]
-        before = self.step_of.get(z)
-        straight = before is not None and scatters(before, self.graph.batch)
-        if before is not None and straight and self.readers[z] == 1 and not self.trace:
-            # What passes goes straight on; should it be too much, the layer's own sheet holds it.
-            self.name(z, sheet)
-            self.scatter(before)
-            self.finished(before)
+        before = self.step_of.get(z) if self.readers[z] == 1 else None
+        straight = before if before and scatters(before, self.graph.batch) else None
+        if straight is None or self.trace:
+            self.emit(k.STORE, sheet.source, self.leaves(step).target)
         else:
-            target = self.sheet(z)
-            self.emit(k.STORE, sheet.source, target.target)
+            # Should it be too much for the scatter, the layer's own sheet holds it.
+            self.name(z, sheet)
+        if straight is not None:
+            self.scatter(straight)
+            self.finished(straight)
         return True
 
     def convolution(self, step: Step) -> bool:
@@ -356,7 +383,7 @@ class _Lowering:
         Its rows of weights can be brought to the image's axis order, so no gradient ever is.
         """
         step = self.step_of.get(value)
-        if step is None or self.readers[value] != 1 or self.trace or not _renames(step):
+        if step is None or self.readers[value] != 1 or not _renames(step):
             return value
         image = step.node.inputs[0]
         shape = self.graph.shapes[image] or ()

@@ -267,13 +267,15 @@ def test_scatter_sums_as_exactly_as_required(name: str, density: float) -> None:
 @pytest.mark.parametrize("members", TEAMS)
 @pytest.mark.parametrize("border", [False, True])
 def test_a_scatter_of_too_many_is_left_undone(border: bool, members: int) -> None:
-    """Its source holds what is to be scattered, in whole rows; the target is as it was."""
+    """Its source holds what arrived, in whole rows; the target is as it was.
+
+    What the padding trick forgets is not counted, but still there.
+    """
     node, _, R = LARGE["rows"]
     R = R * (np.random.default_rng(0).random(R.shape) < 0.01)
     R[:, 3, 4:] = R[:, 0] = 0
     R[0, 0, 0] = 1
-    expected = mask_border(R[None])[0] if border else R
-    count = np.count_nonzero(expected)
+    count = np.count_nonzero(mask_border(R[None])[0] if border else R)
     assert 0 < count < R.size / 50
     bench = Bench()
     source, target = bench.put(R, before=2, after=3), bench.sheet(node.input_shapes[0][1:])
@@ -284,7 +286,7 @@ def test_a_scatter_of_too_many_is_left_undone(border: bool, members: int) -> Non
         (k.STOP, {}, {}),
     )
     assert bench.run(*rows, weights=EMPTY, members=members)[0] == 1
-    np.testing.assert_array_equal(bench.get(source), expected)
+    np.testing.assert_array_equal(bench.get(source), R)
     assert bench.marks(source).all()
     assert not bench.marks(target).any()
     assert np.isfinite(bench.rows(source)).all(), "the channels of others hold no numbers"
