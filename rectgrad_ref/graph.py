@@ -398,13 +398,13 @@ def _numpy_dtype(elem_type: int) -> np.dtype[Any] | None:
 
 def _sorted(model: Model, output: str, image: str) -> Iterator[onnx.NodeProto]:
     """The nodes that the output depends on, each after those that it reads (depth first)."""
+    known = {tensor.name for tensor in model.proto.graph.initializer} | {image}
     producer: dict[str, onnx.NodeProto] = {}
     for node in model.proto.graph.node:
         for value in filter(None, node.output):
-            if value in producer:
+            if value in producer or value in known:
                 raise InvalidModel(f"{model.name}: the value {value!r} is computed twice")
             producer[value] = node
-    known = {tensor.name for tensor in model.proto.graph.initializer} | {image}
     state: dict[str, bool] = {}  # first output → finished
     stack = [(producer[output], False)] if output in producer else []
     while stack:

@@ -86,6 +86,8 @@ def test_a_diamond_is_no_cycle() -> None:
 def test_broken_graphs() -> None:
     signature = "(float[N, 3] x) => (float[N, 3] y)"
     refused(f"{signature} {{ y = Relu(x)  y = Neg(x) }}", 2, 3, match="'y' is computed twice")
+    refused(f"{signature} {{ y = Relu(x) }}", 2, 3, match="'y' is computed twice", y=W)
+    refused(f"{signature} {{ x = Relu(x)  y = Neg(x) }}", 2, 3, match="'x' is computed twice")
     refused(f"{signature} {{ y = Add(x, q) }}", 2, 3, match="Add 'y' reads 'q', which no node")
     refused(f"{signature} {{ z = Relu(x) }}", 2, 3, match="'y' does not depend on the input 'x'")
     refused(f"{signature} {{ y = Identity(c) }}", 2, 3, match="does not depend", c=W)
