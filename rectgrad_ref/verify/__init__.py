@@ -1,5 +1,19 @@
 """Verify another implementation of RectGrad against the reference, and say what differs."""
 
-from .bundle import Bundle, InvalidBundle, load, make
+from __future__ import annotations
 
-__all__ = ["Bundle", "InvalidBundle", "load", "make"]
+from .bundle import Bundle, InvalidBundle, load, make
+from .compare import Comparison, compare, engine_of
+from .diagnose import Diagnosis, diagnose
+
+__all__ = [
+    "Bundle",
+    "Comparison",
+    "Diagnosis",
+    "InvalidBundle",
+    "compare",
+    "diagnose",
+    "engine_of",
+    "load",
+    "make",
+]
