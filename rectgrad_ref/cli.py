@@ -16,7 +16,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 import onnx
@@ -34,6 +43,9 @@ from .images import Layout
 from .methods import METHODS, Method, make_method
 from .rules.declared import Rule
 from .rules.registry import find_vjp
+
+if TYPE_CHECKING:
+    from .onnx_models.published import Download
 
 _FIGURES = (".png", ".pdf", ".svg")
 
@@ -508,7 +520,7 @@ def _show(facts: dict[str, Any], rules: Sequence[str], as_json: bool) -> None:
 @_reporting()
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods and their options."""
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "id": method.id,
             "label": method.label,
@@ -527,14 +539,11 @@ def list_methods(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(entries)
         return
-    for method, entry in zip(METHODS.values(), entries, strict=True):
-        print(f"{method.id}: {entry['description']}")
+    for entry in entries:
+        print(f"{entry['id']}: {entry['description']}")
+        options = entry["options"]
         _print_table(
-            (),
-            [
-                (f"    {name}={_spelt(value)}", _grammar(get_type_hints(method)[name]))
-                for name, value in method().options().items()
-            ],
+            (), [(f"    {o['name']}={_spelt(o['default'])}", o["values"]) for o in options]
         )
 
 
@@ -611,8 +620,15 @@ def list_models(as_json: AsJson = False) -> None:
         return
     _print_table(
         ("name", "kind", "preprocess", "licence", "description"),
-        [(m.name, m.kind, m.preprocessing, m.licence, m.description) for m in MODELS],
+        [
+            (m.name, m.kind, m.preprocessing, m.licence, f"{m.description}{_caveat(m.download)}")
+            for m in MODELS
+        ],
     )
+
+
+def _caveat(download: Download | None) -> str:
+    return "" if download is None or download.verified else " Not yet fetched and verified by us."
 
 
 @models_app.command("get")

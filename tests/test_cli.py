@@ -408,6 +408,9 @@ def test_models_list() -> None:
     assert [entry["name"] for entry in entries] == [entry.name for entry in published.MODELS]
     lines = done("models", "list").stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [entry.name for entry in published.MODELS]
+    for line, entry in zip(lines[1:], published.MODELS, strict=True):
+        unverified = entry.download is not None and not entry.download.verified
+        assert ("Not yet fetched and verified" in line) == unverified
 
 
 def test_models_get_prints_a_path() -> None:
@@ -460,10 +463,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cat_is_a_cat() -> None:
     assert demo.cat().size == (240, 240)
-    path = cifar10_cnn.network_path()
-    if not path.exists():
-        pytest.skip("the trained network is not there yet")
-    a = r.explain(path, demo.cat())
+    a = r.explain(cifar10_cnn.network_path(), demo.cat())
     assert a.class_name(a.target[0]) == "cat"
 
 
