@@ -6,7 +6,10 @@ published ones with onnxruntime's.
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -17,9 +20,13 @@ import onnx
 import pytest
 from helpers import model
 
+from rectgrad_ref import Explainer
+from rectgrad_ref.errors import InvalidImage
 from rectgrad_ref.executors import compiled
 from rectgrad_ref.executors import cpu as lowering
 from rectgrad_ref.executors.compiled import CompiledBackend, CompiledRunner
+from rectgrad_ref.executors.crew import Crew
+from rectgrad_ref.executors.runner import StepwiseRunner
 from rectgrad_ref.forward import NumpyForward
 from rectgrad_ref.graph import Graph, freeze
 from rectgrad_ref.methods import Method, make_method
@@ -363,7 +370,7 @@ METHODS: dict[str, Method] = {
     "epsilon_lrp": make_method("epsilon_lrp"),
     "deeplift": make_method("deeplift"),
 }
-SOME = ("q = 0", "q = 80", "PR2, PRR", "saliency", "deeplift")
+SOME = ("q = 80", "saliency", "deeplift")
 
 nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -388,8 +395,13 @@ class Shared(NumpyForward):
     ) -> dict[str, Array]:
         values = super().__call__(graph, x, (*names, *into))
         for name, place in into.items():
-            place[...] = np.moveaxis(values[name], 1, -1) if place.ndim == 4 else values[name]
+            place[...] = _last(values[name])
         return {name: values[name] for name in names}
+
+
+def _last(image: Array) -> Array:
+    """(N, C, H, W) → (N, H, W, C); what is no image stays."""
+    return np.moveaxis(image, 1, -1) if image.ndim == 4 else image
 
 
 def plan_of(net: Net, method: Method, n: int = 2) -> Plan:
@@ -465,11 +477,43 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[Walk]:
     return kept
 
 
-def check(walk: Walk, observed: Sequence[Observed]) -> None:
+class Recorded:
+    """A forward pass that remembers what it handed over first, in the values' own axis order."""
+
+    def __init__(self, forward: Any) -> None:
+        self.forward, self.dtype = forward, forward.dtype
+        self.values: dict[str, Array] = {}
+
+    def __call__(
+        self,
+        graph: Graph,
+        x: Array,
+        names: Sequence[str],
+        into: Mapping[str, Array] = MappingProxyType({}),
+    ) -> dict[str, Array]:
+        values: dict[str, Array] = self.forward(graph, x, names, into)
+        if not self.values:
+            self.values = dict(values)
+            for name, place in into.items():
+                self.values[name] = _first(place).copy()
+        return values
+
+
+def _first(image: Array) -> Array:
+    """(N, H, W, C) → (N, C, H, W); what is no image stays."""
+    return np.moveaxis(image, -1, 1) if image.ndim == 4 else image
+
+
+def check(walk: Walk, values: Mapping[str, Array], observed: Sequence[Observed]) -> None:
     """Every value's gradient against what the reference makes of the gradients above it.
 
     Each step gets the compiled gradient at its outputs. What the reference computes itself, and
     what it selects at activations, must be equal; what the kernels sum, within rounding of float64.
+
+    Parameters
+    ----------
+    values : mapping of str to numpy.ndarray
+        What the forward pass has handed over.
     """
     plan = walk.program.plan
     R = {value: walk.gradient(value) for value in walk.program.sheets}
@@ -480,7 +524,8 @@ def check(walk: Walk, observed: Sequence[Observed]) -> None:
     for step in plan.steps:
         exact = step.node.name in plan.layers or runs_in_numpy(step, plan)
         for position, value in zip(step.positions, step.writes, strict=True):
-            gradient = _applied(walk, step, position, R, np.float32 if exact else np.float64)
+            dtype = np.float32 if exact else np.float64
+            gradient = _applied(walk, values, step, position, R, dtype)
             if step.node.name in plan.layers:
                 seen = by_output[step.node.outputs[0]]
                 np.testing.assert_array_equal(seen.R_out, R[step.node.outputs[0]])
@@ -499,25 +544,24 @@ def runs_in_numpy(step: Step, plan: Plan) -> bool:
     return lowering.runs_as(step, plan.graph.batch) == "numpy"
 
 
-def _applied(walk: Walk, step: Step, position: int, R: Mapping[str, Array], dtype: Any) -> Array:
+def _applied(
+    walk: Walk,
+    values: Mapping[str, Array],
+    step: Step,
+    position: int,
+    R: Mapping[str, Array],
+    dtype: Any,
+) -> Array:
     graph = walk.program.plan.graph
-    known = {**constants_as(graph.constants, np.dtype(np.float32)), **walk.values, **_active(walk)}
+    known = {**constants_as(graph.constants, np.dtype(np.float32)), **values}
     if step.node.op == "Clip":  # the kernel sees a only, which is z wherever the slope is not 0
         known.setdefault(step.node.inputs[0], known.get(step.node.outputs[0], np.empty(0)))
-    values = {v: _value(graph, known, v) for v in step.reads}
+    here, there = (
+        {v: array.astype(dtype) if array.dtype.kind == "f" else array for v, array in found.items()}
+        for found in ({v: _value(graph, known, v) for v in step.reads}, walk.baseline)
+    )
     outgoing = tuple(R[v].astype(dtype) for v in step.node.outputs if v)
-    there = constants_as(walk.baseline, np.dtype(dtype))
-    here = constants_as(values, np.dtype(dtype))
     return step.rule(Call(step.node, position, outgoing, here, there, graph.batch))
-
-
-def _active(walk: Walk) -> dict[str, Array]:
-    """The activations that the kernels read, in their own axis order."""
-    places = compiled._places(walk.program, walk.memory.active, walk.samples)
-    return {
-        name: np.moveaxis(place, -1, 1) if place.ndim == 4 else place
-        for name, place in places.items()
-    }
 
 
 def _value(graph: Graph, known: Mapping[str, Array], name: str) -> Array:
@@ -557,8 +601,8 @@ def test_every_step(
     plan = plan_of(net, method)
     x = net.images(plan.graph.batch)
     observed: list[Observed] = []
-    runner = runner_of(plan, threads=2)
-    R = runner(
+    forward = Recorded(Shared())
+    R = runner_of(plan, threads=2, forward=forward)(
         x,
         seed_of,
         baseline=method.reference_input(x),
@@ -567,4 +611,243 @@ def test_every_step(
     assert {o.step.node.name for o in observed} == plan.layers
     (walk,) = walks
     np.testing.assert_array_equal(R, walk.gradient(plan.graph.input))
-    check(walk, observed)
+    check(walk, forward.values, observed)
+
+
+# --- what the result must not depend on -----------------------------------------------------------
+
+densities = pytest.mark.parametrize("density", [0, lowering.DENSITY, 1])
+
+
+@nets
+@some_methods
+@densities
+def test_threads_do_not_change_a_bit(
+    net: Net, method: Method, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "DENSITY", density)
+    for n in (1, 3):
+        plan = plan_of(net, method, n)
+        x = net.images(plan.graph.batch)
+        one, *others = (walk_back(plan, x, method, threads=threads) for threads in THREADS)
+        for other in others:
+            np.testing.assert_array_equal(one, other)
+
+
+@nets
+@some_methods
+@densities
+def test_a_trace_does_not_change_a_bit(
+    net: Net, method: Method, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "DENSITY", density)
+    plan = plan_of(net, method)
+    x = net.images(plan.graph.batch)
+    np.testing.assert_array_equal(
+        walk_back(plan, x, method), walk_back(plan, x, method, trace=True)
+    )
+
+
+class Picked(Shared):
+    """Of the values of a whole batch, those of one sample."""
+
+    def __init__(self, graph: Graph, sample: int, *inputs: Array | None) -> None:
+        super().__init__()
+        self.whole, self.sample, self.inputs = graph, sample, inputs
+
+    def __call__(
+        self,
+        graph: Graph,
+        x: Array,
+        names: Sequence[str],
+        into: Mapping[str, Array] = MappingProxyType({}),
+    ) -> dict[str, Array]:
+        (whole,) = (
+            i for i in self.inputs if i is not None and np.array_equal(i[self.sample], x[0])
+        )
+        values = NumpyForward.__call__(self, self.whole, whole, (*names, *into))
+        picked = {name: value[self.sample : self.sample + 1] for name, value in values.items()}
+        for name, place in into.items():
+            place[...] = _last(picked[name])
+        return {name: picked[name] for name in names}
+
+
+@pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.batch == "N"])
+@some_methods
+@densities
+def test_a_batch_does_not_change_a_bit(
+    name: str, method: Method, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "DENSITY", density)
+    net = NETS[name]
+    plan, alone = plan_of(net, method, 3), plan_of(net, method, 1)
+    x = net.images(3)
+    together = walk_back(plan, x, method, threads=2)
+    baseline = method.reference_input(x)
+    for i in range(3):
+        forward = Picked(plan.graph, i, x, baseline)
+        single = walk_back(alone, x[i : i + 1], method, threads=2, forward=forward)
+        np.testing.assert_array_equal(single, together[i : i + 1])
+
+
+@nets
+@densities
+def test_memory_is_used_again(net: Net, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many calls of one backend, whose results stay what they were."""
+    monkeypatch.setattr(lowering, "DENSITY", density)
+    backend = CompiledBackend(Shared(), 2)
+    calls = []
+    for n, name in itertools.product((1, 3), ("q = 80", "deeplift")):
+        method = METHODS[name]
+        plan = plan_of(net, method, n)
+        runner = backend.runner(plan)
+        assert isinstance(runner, CompiledRunner)
+        calls += [(runner, method, plan, net.images(plan.graph.batch, seed)) for seed in (0, 1)]
+    order = [*range(len(calls)), *np.random.default_rng(0).permutation(len(calls))]
+    found = [(i, call(calls[i][0], calls[i][3], calls[i][1], trace=i % 3 == 0)) for i in order]
+    for i, R in found:
+        _, method, plan, x = calls[i]
+        np.testing.assert_array_equal(R, walk_back(plan, x, method))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_dense_and_sparse_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of methods that select nothing by a threshold, so that rounding stays rounding."""
+    plan = plan_of(NETS[name], METHODS["saliency"])
+    x = NETS[name].images(plan.graph.batch)
+    found = []
+    for density in (0, 1):
+        monkeypatch.setattr(lowering, "DENSITY", density)
+        found.append(walk_back(plan, x, METHODS["saliency"]))
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5 * np.abs(found[0]).max())
+
+
+# --- identities -----------------------------------------------------------------------------------
+
+# SPEC section 5: each pair of methods is one, bit by bit.
+IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "deconvolution": (
+        {"method": "deconvolution", "times_input": True, "final_threshold": True},
+        {"method": "rectgrad", "propagation_rule": "PR1+eps", "tau": 0.0},
+    ),
+    "guided backpropagation": (
+        {"method": "guided_backprop", "times_input": True, "final_threshold": True},
+        {"method": "rectgrad", "tau": 0.0},
+    ),
+    "gradient": (
+        {"method": "input_x_gradient"},
+        {"method": "rectgrad", "tau": -np.inf, "strict_relu": True, "final_threshold": False},
+    ),
+}
+RELU_NETS = [name for name in NETS if name != "other activations"]
+
+
+@pytest.mark.parametrize("name", RELU_NETS)
+@pytest.mark.parametrize("claim", IDENTITIES)
+@pytest.mark.parametrize("trick", [False, True, "same"], ids=str)
+@densities
+def test_identities(
+    name: str, claim: str, trick: Any, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "DENSITY", density)
+    sides = []
+    for options in IDENTITIES[claim]:
+        method = make_method(**options, padding_trick=trick)
+        plan = plan_of(NETS[name], method)
+        x = NETS[name].images(plan.graph.batch)
+        R = walk_back(plan, x, method)
+        sides.append(method.finish(x, R, np.arange(len(x))))
+    np.testing.assert_array_equal(*sides)
+
+
+# --- through the front door -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explainer() -> Explainer:
+    """A network with residuals in onnxruntime, explained before."""
+    net = NETS["residual, batch norm"]
+    explainer = Explainer(net.onnx(), backend="cpu", threads=2)
+    explainer.explain(net.images(3), q=80.0)
+    return explainer
+
+
+IMAGES = NETS["residual, batch norm"].images(3, seed=7)
+
+
+@pytest.mark.parametrize("options", [{"q": 80.0}, {"method": "saliency"}, {"method": "deeplift"}])
+def test_concurrent_calls(explainer: Explainer, options: dict[str, Any]) -> None:
+    """Four threads with five calls each, the first of which meet while the plan is lowered."""
+    fresh = Explainer(NETS["residual, batch norm"].onnx(), backend="cpu", threads=2)
+    batches = [IMAGES[:1], IMAGES[1:2], IMAGES[:2], IMAGES]
+    expected = [explainer.explain(x, **options).values for x in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        jobs = [[pool.submit(fresh.explain, x, **options) for x in batches] for _ in range(5)]
+        for row in jobs:
+            for job, values in zip(row, expected, strict=True):
+                np.testing.assert_array_equal(job.result(timeout=60).values, values)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_fork_explains_as_well(explainer: Explainer) -> None:
+    """It takes no threads along; what its parent's threads were doing must not matter."""
+    expected = [
+        explainer.explain(IMAGES, **options).values for options in ({"q": 80.0}, {"q": 0.0})
+    ]
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        for options in ({"q": 80.0}, {"q": 0.0}):
+            sender.send(explainer.explain(IMAGES, **options).values)
+
+    with Crew(2) as crew:  # another call has all threads at that moment
+        assert crew.size == 2
+        process = context.Process(target=child)
+        process.start()
+    try:
+        for values in expected:
+            assert receiver.poll(60), "the child hangs"
+            np.testing.assert_array_equal(receiver.recv(), values)
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_no_samples(explainer: Explainer) -> None:
+    with pytest.raises(InvalidImage, match="empty"):
+        explainer.explain(IMAGES[:0])
+
+
+def test_samples_on_another_axis_go_step_by_step() -> None:
+    net = Net(
+        (4,),
+        """
+        t = Transpose(x)
+        g = Gemm<transA=1>(t, w1, b1)
+        r = Relu(g)
+        y = Gemm(r, w2)
+        """,
+        {"w1": (4, 6), "b1": (6,), "w2": (6, 3)},
+    )
+    method = METHODS["saliency"]
+    plan, x = plan_of(net, method, 3), net.images(3)
+    runner = CompiledBackend(Shared(), 1).runner(plan)
+    assert isinstance(runner, StepwiseRunner)
+    np.testing.assert_array_equal(
+        runner(x, seed_of)[1], StepwiseRunner(plan, NumpyForward(np.float32))(x, seed_of)[1]
+    )
+
+
+# --- published networks ---------------------------------------------------------------------------
+
+PUBLISHED = {
+    "imagenet_squeezenet1.1_logits": "caffe",
+    "imagenet_mobilenet_v2_1.0_224": "tensorflow",
+    "cifar10_resnet20_bn_unfused": "imagenet",
+    "cifar10_marabou_small_tf2onnx": "unit",
+    "cifar10_vit_ibp_3_3_8": "imagenet",
+    "mnist_cntk_opset8": "unit",
+}
