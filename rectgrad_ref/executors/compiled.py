@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
+from threading import Lock
 
 import numpy as np
 
 from ..forward import OnnxruntimeForward
 from ..kernels import cpu as k
-from ..kernels.team import new_barrier
 from ..plan import Plan, Step
 from ..reference import NOTHING, constants_as
 from ..rules.declared import Call, ConvTranspose, Values, mask_border
@@ -30,7 +31,11 @@ from .cpu import (
 )
 from .crew import Crew
 from .dense import DenseTransposes
+from .memory import Memory, Scratch
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
+
+# Memories that wait for the next call; more are made where more calls run at once.
+_KEPT = 2
 
 
 class CompiledBackend:
@@ -39,8 +44,26 @@ class CompiledBackend:
     def __init__(self, forward: OnnxruntimeForward, threads: int | None) -> None:
         self.forward = forward
         self.threads = threads or len(os.sched_getaffinity(0))
-        self.weights = WeightStore()
         self.dense = DenseTransposes()
+        self._weights = WeightStore()
+        self._lowering = Lock()
+        self._memories: deque[Memory] = deque(maxlen=_KEPT)
+
+    def lower(self, plan: Plan, trace: bool) -> tuple[Program, np.ndarray]:
+        """The plan as a table, and the weights that it refers to."""
+        with self._lowering:
+            program = lower(plan, self._weights, trace=trace)
+            return program, self._weights.array
+
+    @contextmanager
+    def memory(self) -> Iterator[Memory]:
+        """Memory that no other call uses meanwhile."""
+        try:
+            memory = self._memories.pop()
+        except IndexError:
+            memory = Memory()
+        yield memory
+        self._memories.append(memory)
 
     def runner(self, plan: Plan) -> Runner:
         """Ready to run the plan; plans over other sample axes than 0 go step by step."""
@@ -53,31 +76,21 @@ class CompiledBackend:
         return runs_as(step, batch)
 
 
-@dataclass(eq=False)
-class _Memory:
-    """What one call writes to; kept for the next one, because fresh pages are slow."""
-
-    arenas: np.ndarray
-    touched: np.ndarray
-    active: np.ndarray
-
-
 class CompiledRunner:
     """One lowered plan."""
 
     def __init__(self, plan: Plan, backend: CompiledBackend) -> None:
         self.plan, self.backend = plan, backend
-        self._memories: deque[_Memory] = deque()
 
     @cached_property
-    def program(self) -> Program:
-        """The table."""
-        return lower(self.plan, self.backend.weights, trace=False)
+    def lowered(self) -> tuple[Program, np.ndarray]:
+        """The table, and its weights."""
+        return self.backend.lower(self.plan, trace=False)
 
     @cached_property
-    def traced(self) -> Program:
-        """The table that keeps the gradients at every activation."""
-        return lower(self.plan, self.backend.weights, trace=True)
+    def traced(self) -> tuple[Program, np.ndarray]:
+        """The table that keeps the gradients at every activation, and its weights."""
+        return self.backend.lower(self.plan, trace=True)
 
     @cached_property
     def constants(self) -> Values:
@@ -94,47 +107,34 @@ class CompiledRunner:
         baseline: np.ndarray | None = None,
         observe: Observer | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        program = self.program if observe is None else self.traced
+        program, weights = self.lowered if observe is None else self.traced
         graph = self.plan.graph
-        memory = self._take(program, len(x))
         names = (graph.logits, *program.exposes)
         if observe is not None:
             names += tuple(s.node.outputs[0] for s in self._layers())
-        values = self.backend.forward(graph, x, names, _places(program, memory.active, len(x)))
-        there: Values = NOTHING
-        if self.plan.contrasts:
-            assert baseline is not None
-            there = {**self.constants, **self.backend.forward(graph, baseline, program.exposes)}
-        scores = values[graph.logits].reshape(len(x), -1)
-        run = _Walk(program, self.backend, memory, {**self.constants, **values}, there)
-        run.plant(seed_of(scores))
-        run.finish()
-        if observe is not None:
-            for step in self._layers():
+        with self.backend.memory() as memory:
+            memory.fit(program, len(x))
+            values = self.backend.forward(graph, x, names, _places(program, memory.active))
+            there: Values = NOTHING
+            if self.plan.contrasts:
+                assert baseline is not None
+                there = {**self.constants, **self.backend.forward(graph, baseline, program.exposes)}
+            scores = values[graph.logits].reshape(len(x), -1)
+            here = {**self.constants, **values}
+            run = _Walk(program, weights, self.backend, memory, here, there)
+            run.plant(seed_of(scores))
+            run.finish()
+            for step in self._layers() if observe is not None else ():
+                assert observe is not None
                 a = values[step.node.outputs[0]]
                 observe(step, a, run.gradient(step.node.outputs[0]), run.leaving(step))
-        R = run.gradient(graph.input)
-        if program is self.program:
-            self._memories.append(memory)
-        return scores, R
+            return scores, run.gradient(graph.input)
 
     def _layers(self) -> list[Step]:
         return [step for step in self.plan.steps if step.node.name in self.plan.layers]
 
-    def _take(self, program: Program, samples: int) -> _Memory:
-        if program is self.program:
-            try:
-                return self._memories.pop()
-            except IndexError:
-                pass
-        return _Memory(
-            np.empty((samples, program.arena_size), np.float32),
-            np.empty((samples, program.touched_size), np.uint8),
-            np.empty(program.active_size, np.float32),
-        )
 
-
-def _places(program: Program, active: np.ndarray, samples: int) -> dict[str, np.ndarray]:
+def _places(program: Program, active: np.ndarray) -> dict[str, np.ndarray]:
     """Where the forward pass shall write each activation, channels last."""
     places = {}
     for value, offset in program.active.items():
@@ -152,12 +152,14 @@ class _Walk:
     def __init__(
         self,
         program: Program,
+        weights: np.ndarray,
         backend: CompiledBackend,
-        memory: _Memory,
+        memory: Memory,
         values: Values,
         baseline: Values,
     ) -> None:
-        self.program, self.backend, self.memory = program, backend, memory
+        self.program, self.weights = program, weights
+        self.backend, self.memory = backend, memory
         self.values, self.baseline = values, baseline
         self.samples = len(memory.arenas)
         self.rows = np.zeros(self.samples, np.int64)
@@ -240,14 +242,14 @@ class _Walk:
         with Crew(self.backend.threads) as crew:
             size = crew.size
             if len(samples) >= size:
-                teams = [_Scratch(self.program) for _ in range(size)]
+                teams = [self.memory.scratch(i, self.program) for i in range(size)]
                 shares = [(teams[i], samples[i::size], 0, 1) for i in range(size)]
             else:
-                team = _Scratch(self.program)
+                team = self.memory.scratch(0, self.program)
                 shares = [(team, samples, i, size) for i in range(size)]
             crew.map(lambda share: self._work(*share), shares)
 
-    def _work(self, scratch: _Scratch, samples: np.ndarray, member: int, members: int) -> None:
+    def _work(self, scratch: Scratch, samples: np.ndarray, member: int, members: int) -> None:
         program = self.program
         k.advance(
             program.table,
@@ -257,7 +259,7 @@ class _Walk:
             self.memory.arenas,
             self.memory.touched,
             self.memory.active,
-            self.backend.weights.array,
+            self.weights,
             scratch.csr,
             scratch.work,
             scratch.shared,
@@ -265,20 +267,3 @@ class _Walk:
             members,
             scratch.barrier,
         )
-
-
-class _Scratch:
-    """What one team collects nonzeros in."""
-
-    def __init__(self, program: Program) -> None:
-        units, pixels = program.units, program.pixels
-        self.csr = (
-            np.empty(pixels, np.int64),
-            np.empty(pixels, np.int64),
-            np.empty(units, np.int32),
-            np.empty(units, np.float32),
-            np.empty(units, np.float32),
-        )
-        self.work = np.empty(max(units, 2048), np.float32)
-        self.shared = np.zeros(k.SHARED)
-        self.barrier = new_barrier()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,8 +28,9 @@ from rectgrad_ref.executors import cpu as lowering
 from rectgrad_ref.executors.compiled import CompiledBackend, CompiledRunner
 from rectgrad_ref.executors.crew import Crew
 from rectgrad_ref.executors.runner import StepwiseRunner
-from rectgrad_ref.forward import NumpyForward
-from rectgrad_ref.graph import Graph, freeze
+from rectgrad_ref.forward import NumpyForward, OnnxruntimeForward
+from rectgrad_ref.graph import Graph, freeze, input_spec
+from rectgrad_ref.images import prepare
 from rectgrad_ref.methods import Method, make_method
 from rectgrad_ref.model import read_model
 from rectgrad_ref.plan import Plan, Step, make_plan
@@ -845,9 +847,36 @@ def test_samples_on_another_axis_go_step_by_step() -> None:
 
 PUBLISHED = {
     "imagenet_squeezenet1.1_logits": "caffe",
-    "imagenet_mobilenet_v2_1.0_224": "tensorflow",
-    "cifar10_resnet20_bn_unfused": "imagenet",
+    "imagenet_mobilenet_v2_1.0_224": "mobilenet_tf",
+    "cifar10_resnet20_bn_unfused": "cifar10_imagenet",
     "cifar10_marabou_small_tf2onnx": "unit",
-    "cifar10_vit_ibp_3_3_8": "imagenet",
-    "mnist_cntk_opset8": "unit",
+    "cifar10_vit_ibp_3_3_8": "cifar10_standard",
 }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("method", [METHODS["q = 95, same"], METHODS["saliency"]], ids=str)
+def test_published_networks(
+    name: str, method: Method, shared_data: Path, walks: list[Walk]
+) -> None:
+    """One photo, with onnxruntime's forward pass, at every step."""
+    loaded = read_model(shared_data / "models" / f"{name}.onnx")
+    spec = input_spec(loaded)
+    photo = prepare(
+        shared_data / "photos" / "n01820546_lorikeet.JPEG",
+        spec.shape,
+        spec.dtype,
+        preprocess=PUBLISHED[name],
+    )
+    x = photo.array.astype(np.float32)
+    graph = freeze(loaded, x.shape)
+    plan = make_plan(graph, method.rules(graph))
+    forward = Recorded(OnnxruntimeForward(loaded, spec.name, rebatch=False, threads=2))
+    observed: list[Observed] = []
+    runner = CompiledBackend(forward, 2).runner(plan)
+    runner(x, highest, observe=lambda *seen: observed.append(Observed(*seen)))
+    check(walks[0], forward.values, observed)
+
+
+def highest(scores: Array) -> Array:
+    return (scores == scores.max(axis=1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,71 @@
+"""What the compiled walk writes to, kept from call to call, because fresh pages are slow."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from ..kernels import cpu as k
+from ..kernels.team import new_barrier
+from .cpu import Program
+
+_SAMPLED = 2048  # the least that `kernels.cpu` wants of its scratch
+
+
+class _Growing:
+    """Arrays by name, as large as was ever asked for."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, size: int, dtype: type) -> np.ndarray:
+        """`size` numbers of any value."""
+        array = self._arrays.get(name)
+        if array is None or array.size < size:
+            array = self._arrays[name] = np.empty(size, dtype)
+        return array[:size]
+
+
+class Scratch:
+    """What one team collects nonzeros in."""
+
+    def __init__(self) -> None:
+        self._arrays = _Growing()
+        self.shared = np.zeros(k.SHARED)
+        self.barrier = new_barrier()
+
+    def fit(self, program: Program) -> None:
+        """Make room for the program's largest layer."""
+        take, units, pixels = self._arrays.take, program.units, program.pixels
+        self.csr = (
+            take("begins", pixels, np.int64),
+            take("ends", pixels, np.int64),
+            take("channels", units, np.int32),
+            take("values", units, np.float32),
+            take("scores", units, np.float32),
+        )
+        self.work = take("work", max(units, _SAMPLED), np.float32)
+
+
+class Memory:
+    """Arenas and marks of every sample, activations, and scratch of every team."""
+
+    def __init__(self) -> None:
+        self._arrays = _Growing()
+        self._scratches: dict[int, Scratch] = defaultdict(Scratch)
+
+    def fit(self, program: Program, samples: int) -> None:
+        """Make room for so many samples of the program."""
+        take = self._arrays.take
+        arenas = take("arenas", samples * program.arena_size, np.float32)
+        touched = take("touched", samples * program.touched_size, np.uint8)
+        self.arenas = arenas.reshape(samples, program.arena_size)
+        self.touched = touched.reshape(samples, program.touched_size)
+        self.active = take("active", program.active_size, np.float32)
+
+    def scratch(self, team: int, program: Program) -> Scratch:
+        """The scratch of one of the teams that are at work."""
+        scratch = self._scratches[team]
+        scratch.fit(program)
+        return scratch
