@@ -130,9 +130,19 @@ class Graph:
 
     @property
     def classes(self) -> int:
-        """Number of class scores per sample."""
+        """Number of class scores per sample.
+
+        Raises
+        ------
+        InvalidModel
+            It is unknown; a plan says because of which operator.
+        """
         shape = self.shapes[self.logits]
-        assert shape is not None
+        if shape is None:
+            raise InvalidModel(
+                f"{self.model.name}: the shape of the class scores {self.logits!r} depends on the "
+                "data, or on an operator that onnx does not know"
+            )
         return int(np.prod(shape)) // self.batch
 
     def is_float(self, value: str) -> bool:

@@ -423,3 +423,9 @@ def test_omitted_inputs_and_outputs() -> None:
     assert node.inputs == ("x", "", "top")
     assert node.input_shapes == ((2, 3), (), ())
     assert str(node) == "Clip 'y'"
+
+
+def test_the_number_of_classes_may_be_unknown() -> None:
+    proto = model("(float[N, 3] x) => (float[N, K] y) { y = my.Custom(x) }", domains=["my"])
+    with pytest.raises(InvalidModel, match="shape of the class scores 'y' depends"):
+        _ = freeze(read_model(proto), (2, 3)).classes

@@ -109,7 +109,7 @@ def test_of_several_the_first_on_the_path_is_named() -> None:
 
 def test_an_input_without_a_rule_is_refused() -> None:
     body = "z = MatMul(x, W)  m = ReduceMean<keepdims = 0>(z, one)  y = Clip(z, low, m)"
-    with pytest.raises(UnsupportedOperator, match="^Clip 'y'"):
+    with pytest.raises(UnsupportedOperator, match=r"^Clip 'y'"):
         make_plan(frozen(body, one=[0, 1], low=np.float32(0)), ())
 
 
