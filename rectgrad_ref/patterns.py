@@ -34,9 +34,9 @@ _NONLINEAR = frozenset({
 _LARGEST = 12  # nodes; the longest spelling of tanh-GELU in use has nine
 
 _POINTS = np.array([-7.3, -3.0, -2.1, -1.0, -0.4, 0.0, 0.3, 1.0, 1.9, 3.0, 4.2, 8.5, 25.0])
-# float32 constants such as √2 or 1.702 leave a relative error near 1e-7; erf- and tanh-GELU differ
-# by 1e-4.
-_TOLERANCE = 2e-6
+# float32 constants such as √2 or 1.702 leave a relative error near 1e-7, float16 ones near 3e-4;
+# erf- and tanh-GELU differ by 2e-4, so the nearest function is taken.
+_TOLERANCE, _TOLERANCE_HALF = 2e-6, 1e-3
 
 _KNOWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Swish", {"alpha": 1.0}),
@@ -156,10 +156,18 @@ def _recognise(source: str, cluster: list[Node]) -> tuple[str, dict[str, Any]] |
                 for v, c in zip(node.inputs, node.constants, strict=True)
             ]
             values[node.outputs[0]] = OPERATORS[node.op].forward(node, *arguments)
-    computed = values[cluster[-1].outputs[0]]
-    for op, attributes in _KNOWN:
-        expected = OPERATORS[op].forward(_fused(cluster[-1], source, op, attributes), _POINTS)
-        tolerance = 0 if op in _EXACT else _TOLERANCE
-        if np.allclose(computed, expected, rtol=tolerance, atol=tolerance):
-            return op, attributes
-    return None
+        last = cluster[-1]
+        computed = values[last.outputs[0]]
+        distances = [
+            _distance(op, computed, OPERATORS[op].forward(_fused(last, source, op, given), _POINTS))
+            for op, given in _KNOWN
+        ]
+    nearest = int(np.argmin(distances))
+    half = any(c is not None and c.dtype == np.float16 for node in cluster for c in node.constants)
+    tolerance = _TOLERANCE_HALF if half else _TOLERANCE
+    return _KNOWN[nearest] if distances[nearest] <= tolerance else None
+
+
+def _distance(op: str, computed: np.ndarray, expected: np.ndarray) -> float:
+    largest = float(np.max(np.abs(computed - expected) / (1 + np.abs(expected))))
+    return np.inf if np.isnan(largest) or (op in _EXACT and largest > 0) else largest

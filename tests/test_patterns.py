@@ -116,6 +116,8 @@ def test_spellings(op: str, body: str) -> None:
     assert ops(graph) == [op]
     assert thresholded(graph) == ([op] if op != "HardSigmoid" else [])
     (node,) = (node for node in graph.nodes if node.op == op)
+    if op == "Gelu":
+        assert node["approximate"] == ("tanh" if "Tanh" in body else "none")
     assert (node.inputs, node.outputs, node.input_shapes) == (("z",), ("h",), ((3, 4),))
 
 
@@ -124,6 +126,16 @@ def test_fused_nodes_compute_the_same(op: str, body: str) -> None:
     graph, x = frozen(body), 4 * float32(3, 5)
     found = NumpyForward(np.float64)(graph, x, ["y"])["y"]
     np.testing.assert_allclose(found, run_elsewhere(network(body), x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "body"), SPELLINGS)
+def test_spellings_with_half_precision_constants(op: str, body: str) -> None:
+    text = f"(float16[N, 4] z) => (float16[N, 4] y) {{ {body}  y = Neg(h) }}"
+    constants = {name: np.float16(value) for name, value in SCALARS.items()}
+    graph = freeze(read_model(model(text, constants=constants)), (3, 4))
+    assert ops(graph) == [op, "Neg"]
+    if op == "Gelu":
+        assert graph.nodes[0]["approximate"] == ("tanh" if "Tanh" in body else "none")
 
 
 SILU = "s1 = Sigmoid(z)  h = Mul(z, s1)"
