@@ -312,7 +312,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
     wait(barrier, members)
     bound = np.float32(shared[THRESHOLD])
     while True:
-        _scan(op, first, last, arena, touched, active, mode, eps, np.inf, bound, csr)
+        _scan(op, first, last, arena, touched, active, mode, eps, np.float32(np.inf), bound, csr)
         wait(barrier, members)
         if member == 0:
             found = _collected(csr, pixels, work)
