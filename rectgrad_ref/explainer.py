@@ -508,6 +508,7 @@ class PlanListing:
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict a backward step, from the logits to the input."""
+        runs_as = self.backend.runs_as(self.plan)
         return [
             {
                 "node": step.node.name,
@@ -515,7 +516,7 @@ class PlanListing:
                 "rule": str(step.rule),
                 "reads": list(step.reads),
                 "writes": list(step.writes),
-                "backend": self.backend.runs_as(step, self.plan.graph.batch),
+                "backend": runs_as[step.node.name],
             }
             for step in self.plan.steps
         ]

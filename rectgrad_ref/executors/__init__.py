@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import BackendUnavailable
 from ..forward import Forward, NumpyForward, OnnxruntimeForward, import_onnxruntime
 from ..model import Model
-from ..plan import Plan, Step
+from ..plan import Plan
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 BACKENDS = ("auto", "cpu", "reference")
@@ -28,13 +28,13 @@ class Backend:
     runner : callable
         Makes a plan ready to run.
     runs_as : callable
-        Step and batch size → what executes it, for the printed plan.
+        Plan → what executes each step, by node name, for the printed plan.
     """
 
     name: str
     forward: Forward
     runner: Callable[[Plan], Runner]
-    runs_as: Callable[[Step, int], str]
+    runs_as: Callable[[Plan], Mapping[str, str]]
 
 
 def make_backend(
@@ -74,15 +74,16 @@ def make_backend(
             name,
             numpy_forward,
             lambda plan: StepwiseRunner(plan, numpy_forward),
-            lambda step, batch: "numpy",
+            lambda plan: {step.node.name: "numpy" for step in plan.steps},
         )
     if wanted != np.float32:
         raise ValueError("backend='cpu' computes in float32; float64 needs backend='reference'")
     from .compiled import CompiledBackend
+    from .cpu import runs_as
 
     forward = OnnxruntimeForward(model, input, rebatch=rebatch, threads=threads)
     compiled = CompiledBackend(forward, threads)
-    return Backend(name, forward, compiled.runner, compiled.runs_as)
+    return Backend(name, forward, compiled.runner, runs_as)
 
 
 def _first_available(dtype: Any) -> str:

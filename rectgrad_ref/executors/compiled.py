@@ -26,7 +26,6 @@ from .cpu import (
     image_of,
     is_lowerable,
     lower,
-    runs_as,
     scatters,
 )
 from .crew import Crew
@@ -70,10 +69,6 @@ class CompiledBackend:
         if not is_lowerable(plan):
             return StepwiseRunner(plan, self.forward)
         return CompiledRunner(plan, self)
-
-    def runs_as(self, step: Step, batch: int) -> str:
-        """What executes the step."""
-        return runs_as(step, batch)
 
 
 class CompiledRunner:
@@ -243,7 +238,7 @@ class _Walk:
             size = crew.size
             if len(samples) >= size:
                 teams = [self.memory.scratch(i, self.program) for i in range(size)]
-                shares = [(teams[i], samples[i::size], 0, 1) for i in range(size)]
+                shares = [(teams[i], samples[i::size].copy(), 0, 1) for i in range(size)]
             else:
                 team = self.memory.scratch(0, self.program)
                 shares = [(team, samples, i, size) for i in range(size)]

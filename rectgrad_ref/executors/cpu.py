@@ -141,6 +141,12 @@ class Program:
     units: int
     pixels: int
 
+    @property
+    def by_rule(self) -> frozenset[str]:
+        """Names of the nodes at which the table stops, because it has nothing for their rule."""
+        stops = np.flatnonzero(self.table[:, k.OP] == k.STOP)
+        return frozenset(self.steps[row].node.name for row in stops.tolist())
+
 
 def lower(plan: Plan, weights: WeightStore, *, trace: bool) -> Program:
     """Lower a plan.
@@ -651,14 +657,20 @@ def is_lowerable(plan: Plan) -> bool:
     )
 
 
-def runs_as(step: Step, batch: int) -> str:
-    """What executes a step, for the printed plan: a compiled kernel, or the rule in NumPy."""
-    handler = _handler(step, batch)
-    if handler is _Lowering.activation:
-        return "numba" if _activation_mode(step, batch) else "numpy"
-    if handler is _Lowering.convolution:
-        return "numba" if scatters(step, batch) else "numpy"
-    return "numba" if handler is not None else "numpy"
+def runs_as(plan: Plan) -> dict[str, str]:
+    """Node name → what executes the step: a compiled kernel, or the rule in NumPy."""
+    result = dict.fromkeys((step.node.name for step in plan.steps), "numpy")
+    if is_lowerable(plan):
+        program = lower(plan, _NoWeights(), trace=False)
+        result.update(dict.fromkeys(result.keys() - program.by_rule, "numba"))
+    return result
+
+
+class _NoWeights(WeightStore):
+    """For a table that is only looked at."""
+
+    def add(self, name: str, use: str, make: Callable[[], np.ndarray]) -> int:
+        return 0
 
 
 def image_of(sheet: Sheet, arena: np.ndarray, touched: np.ndarray) -> np.ndarray:
