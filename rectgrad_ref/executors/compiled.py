@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from .cpu import (
     lower,
     scatters,
 )
-from .crew import Crew
+from .crew import Crew, at_fork, processors
 from .dense import DenseTransposes
 from .memory import Memory, Scratch
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
@@ -40,17 +39,18 @@ _KEPT = 2
 class CompiledBackend:
     """Makes runners that share one model's weights and threads."""
 
+    _lowering = Lock()
+
     def __init__(self, forward: OnnxruntimeForward, threads: int | None) -> None:
         self.forward = forward
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or processors()
         self.dense = DenseTransposes()
         self._weights = WeightStore()
-        self._lowering = Lock()
         self._memories: deque[Memory] = deque(maxlen=_KEPT)
 
     def lower(self, plan: Plan, trace: bool) -> tuple[Program, np.ndarray]:
         """The plan as a table, and the weights that it refers to."""
-        with self._lowering:
+        with CompiledBackend._lowering:
             program = lower(plan, self._weights, trace=trace)
             return program, self._weights.array
 
@@ -69,6 +69,14 @@ class CompiledBackend:
         if not is_lowerable(plan):
             return StepwiseRunner(plan, self.forward)
         return CompiledRunner(plan, self)
+
+
+def _unlock() -> None:
+    """A fork may take the lock along without its holder."""
+    CompiledBackend._lowering = Lock()
+
+
+at_fork(_unlock)
 
 
 class CompiledRunner:

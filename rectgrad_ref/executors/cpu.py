@@ -87,15 +87,14 @@ class WeightStore:
     def __init__(self) -> None:
         self._offsets: dict[tuple[str, str], int] = {}
         self._parts: list[np.ndarray] = []
-        self._size = 0
 
     def add(self, name: str, use: str, make: Callable[[], np.ndarray]) -> int:
         """Where they begin; `make` is called the first time only."""
         if (name, use) not in self._offsets:
-            part = np.ascontiguousarray(make(), np.float32).ravel()
-            self._offsets[name, use] = self._size
-            self._parts.append(part)
-            self._size += part.size
+            # In this order, so that a fork at any moment leaves a whole store to the child.
+            begin = sum(part.size for part in self._parts)
+            self._parts.append(np.ascontiguousarray(make(), np.float32).ravel())
+            self._offsets[name, use] = begin
         return self._offsets[name, use]
 
     @property

@@ -54,9 +54,22 @@ class Crew:
         return Crew._pool
 
 
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def at_fork(function: Callable[[], None]) -> None:
+    """Have a forked child begin with `function`, where there are forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+
+
 def _forget() -> None:
     """A fork takes neither the threads nor the lock's holder along."""
     Crew._lock, Crew._pool, Crew._workers = threading.Lock(), None, 0
 
 
-os.register_at_fork(after_in_child=_forget)
+at_fork(_forget)

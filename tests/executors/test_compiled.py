@@ -789,17 +789,19 @@ def test_concurrent_calls(explainer: Explainer, options: dict[str, Any]) -> None
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_fork_explains_as_well(explainer: Explainer) -> None:
     """It takes no threads along; what its parent's threads were doing must not matter."""
-    expected = [
-        explainer.explain(IMAGES, **options).values for options in ({"q": 80.0}, {"q": 0.0})
-    ]
+    calls = [{"q": 80.0}, {"method": "saliency"}, {"q": 81.0}]
+    expected = [explainer.explain(IMAGES, **options).values for options in calls[:2]]
+    fresh = Explainer(NETS["residual, batch norm"].onnx(), backend="cpu", threads=2)
+    expected.append(fresh.explain(IMAGES, **calls[2]).values)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
-        for options in ({"q": 80.0}, {"q": 0.0}):
+        for options in calls:
             sender.send(explainer.explain(IMAGES, **options).values)
 
-    with Crew(2) as crew:  # another call has all threads at that moment
+    # At that moment one call has all threads, and another lowers a plan.
+    with Crew(2) as crew, CompiledBackend._lowering:
         assert crew.size == 2
         process = context.Process(target=child)
         process.start()
