@@ -37,7 +37,7 @@ Verdict = Literal["agrees", "explained", "partly explained", "unexplained", "not
 # that or not at all.
 _EQUAL = 1e-4
 # Pairs are tried among the best single deviations; all of them where one walk is cheap.
-_CHEAP_UNITS = 300_000
+_CHEAP_UNITS = 20_000
 _BEST = 8
 _MOST_DEVIATIONS = 6
 _HELPS = 0.8  # one more deviation must bring the distance down to this fraction
@@ -402,7 +402,10 @@ class _Search:
     def _walk(self, conventions: Conventions) -> Walk | None:
         if conventions not in self.walks:
             try:
-                self.walks[conventions] = self.engine.walk(conventions, self.given)
+                R = None if self.given else self.engine.gradient(conventions)
+                self.walks[conventions] = (
+                    self.engine.walk(conventions, self.given) if R is None else Walk(R, (), {}, 0.0)
+                )
             except ValueError:  # one unit a channel, for instance
                 self.walks[conventions] = None
         return self.walks[conventions]
@@ -418,8 +421,7 @@ class _Search:
 
     def _ties(self, option: Sequence[Deviation]) -> float:
         conventions = self._conventions(option)
-        walk = self._walk(conventions)
-        return 0.0 if walk is None else sensitivity(self.engine, conventions, walk)
+        return sensitivity(self.engine, conventions, self.engine.walk(conventions))
 
     def _missing_where_plain_fits(self) -> list[Deviation]:
         """Several layers without hooks, where what leaves each layer is known."""

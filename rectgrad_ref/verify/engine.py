@@ -20,8 +20,9 @@ import numpy as np
 from .. import analysis
 from .. import threshold as threshold_module
 from ..executors import make_backend
+from ..explainer import Explainer
 from ..graph import Graph, Node, freeze, input_spec
-from ..methods import Method
+from ..methods import Method, RectGrad
 from ..methods.base import named
 from ..model import Model
 from ..plan import Plan, RuleTable, Step, make_plan
@@ -105,6 +106,17 @@ class Conventions:
     swapped: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deviating(RectGrad):
+    """RectGrad with layers left out, or scores z·R: see `Conventions`."""
+
+    missing: frozenset[str] = frozenset()
+    scores_z: bool = False
+
+    def rules(self, graph: Graph) -> RuleTable:
+        return table_of(super().rules(graph), graph, self.missing, self.scores_z)
+
+
 @dataclass(frozen=True)
 class RectifyByInput(Rule):
     """RectGrad with scores z·R: what hooks that see an activation's input compute."""
@@ -179,6 +191,8 @@ class Engine:
             threads=None,
         ).forward
         self._values: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
+        self._given: dict[Given, list[Given]] = {}
+        self.memory = _Memory()
 
     @property
     def layers(self) -> list[Node]:
@@ -212,6 +226,7 @@ class Engine:
         given: Given | None = None,
         *,
         flip: Mapping[str, np.ndarray] | None = None,
+        wants_near: bool = True,
     ) -> Walk:
         """Walk back from the logits.
 
@@ -222,6 +237,8 @@ class Engine:
             What is compared and then shared.
         flip : mapping of str to numpy.ndarray of bool, optional
             Layer → units whose verdict is turned round.
+        wants_near : bool
+            Whether to find the units within rounding of τ.
 
         Raises
         ------
@@ -230,12 +247,51 @@ class Engine:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = make_plan(self.graph, _table(conventions, self.graph))
+            rules = conventions.method.rules(self.graph)
+            table = table_of(rules, self.graph, conventions.missing, conventions.scores_z)
+            plan = make_plan(self.graph, table)
         parts = [
-            _Pass(self, plan, conventions, i, _rows(given or Given(), rows), _sliced(flip, rows))()
-            for i, rows in enumerate(self.groups)
+            _Pass(self, plan, conventions, i, part, _sliced(flip, rows), wants_near)()
+            for i, (rows, part) in enumerate(zip(self.groups, self._parts(given), strict=True))
         ]
         return _joined(parts)
+
+    def gradient(self, conventions: Conventions) -> np.ndarray | None:
+        """R at the input by the compiled backend, which is many times faster than `walk`.
+
+        Returns
+        -------
+        numpy.ndarray, float64, or None
+            None where it cannot run these conventions.
+        """
+        method = conventions.method
+        if self.dtype != np.float32 or conventions.seed != "method":
+            return None
+        if not isinstance(method, RectGrad):
+            return None
+        plain = Deviating(
+            **vars(replace(method, times_input=False, final_threshold=False)),
+            missing=conventions.missing,
+            scores_z=conventions.scores_z,
+        )
+        x = np.ascontiguousarray(self.input_of(conventions))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = self._explainer.explain(x, method=plain, target=self.target)
+        return result.values.astype(np.float64)
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(
+            self.model.proto, dtype=self.dtype, input=self.graph.input, output=self.graph.output
+        )
+
+    def _parts(self, given: Given | None) -> list[Given]:
+        if given is None or len(self.groups) == 1:
+            return [given or Given()] * len(self.groups)
+        if given not in self._given:
+            self._given[given] = [_rows(given, rows) for rows in self.groups]
+        return self._given[given]
 
     def map_of(self, conventions: Conventions, R: np.ndarray) -> np.ndarray:
         """The final map from R at the input, in float64."""
@@ -271,6 +327,7 @@ class _Pass:
         group: int,
         given: Given,
         flip: Mapping[str, np.ndarray],
+        wants_near: bool,
     ) -> None:
         self.engine, self.plan, self.given, self.flip = engine, plan, given, flip
         graph = plan.graph
@@ -278,9 +335,9 @@ class _Pass:
         values = engine._forward_values(conventions.swapped, group, (*plan.exposes, *outputs))
         read = {v for step in plan.steps for v in step.reads} & graph.constants.keys()
         constants = constants_as({v: graph.constants[v] for v in read}, np.dtype(np.float64))
-        theirs = {k: v.astype(np.float64) for k, v in given.a.items()}
-        self.values = {**constants, **values, **theirs}
+        self.values = {**constants, **values}
         self.unit = _ROUNDING[engine.dtype]
+        self.swapped, self.wants_near = conventions.swapped, wants_near
         self.R: dict[str, np.ndarray] = {}
         self.tolerance: dict[str, float] = {}
         self.points: list[Point] = []
@@ -295,7 +352,7 @@ class _Pass:
                 call = Call(
                     step.node, position, outgoing, self.values, NOTHING, self.plan.graph.batch
                 )
-                gradient = self._layer(call, step) if is_layer else step.rule(call)
+                gradient = self._layer(call, step) if is_layer else self._linear(call, step)
                 self._add(name, gradient, step, is_layer)
         name = self.plan.graph.input
         self._meet(name)
@@ -329,33 +386,44 @@ class _Pass:
         )
         kind: Kind = "R_out" if is_layer else "gradient"
         self.points.append(Point(name, kind, self.R[name], found, self.tolerance[name]))
-        self.R[name] = found.astype(np.float64)
+        self.R[name] = self.engine.memory.get(("", id(found)), (found,), lambda: _double(found))
         self.tolerance[name] = 0.0
 
+    def _linear(self, call: Call, step: Step) -> np.ndarray:
+        """The step, done once for the same gradient: conventions share most of their walks."""
+        key = (self.swapped, step.node.name, call.position, step.rule, *map(id, call.R))
+        return self.engine.memory.get(key, call.R, lambda: step.rule(call))
+
     def _layer(self, call: Call, step: Step) -> np.ndarray:
-        name, dtype = step.node.outputs[0], self.engine.dtype
-        R, rule = call.R[0].astype(dtype), step.rule
-        rounded = {v: self.values[v].astype(dtype) for v in rule.reads(step.node, 0)}
-        gradient = rule(
-            Call(step.node, call.position, (R,), rounded, NOTHING, call.samples)
-        ).astype(np.float64)
-        if isinstance(rule, Rectify):
-            gradient = self._flipped(name, gradient, call, rule)
+        name, rule = step.node.outputs[0], step.rule
+        key = (self.swapped, name, rule, id(call.R[0]))
+        gradient = self.engine.memory.get(key, call.R, lambda: self._ruled(call, step))
+        if isinstance(rule, Rectify) and self.wants_near:
+            self.near[name] = self._band(rule, call, exact=False)
+            gradient = self._flipped(gradient, call, rule)
         shared = self.given.R_in.get(name)
         if shared is None:
             return gradient
         band = None
-        if isinstance(rule, Rectify):
-            exact = name in self.given.a and name in self.given.at
-            band = self._band(rule, call, exact)
+        if isinstance(rule, Rectify) and not np.array_equal(gradient, shared):
+            band = self._band(rule, call, exact=name in self.given.a and name in self.given.at)
         selects = step.node.op == "Relu" and not isinstance(rule, EpsilonRatio)
         tolerance = self.tolerance[name] + (0.0 if selects else 8 * self.unit)
         self.points.append(Point(name, "R_in", gradient, shared, tolerance, band))
-        return shared.astype(np.float64)
+        return self.engine.memory.get(("", id(shared)), (shared,), lambda: _double(shared))
 
-    def _flipped(self, name: str, gradient: np.ndarray, call: Call, rule: Rectify) -> np.ndarray:
-        self.near[name] = self._band(rule, call, exact=False)
-        turned = self.flip.get(name)
+    def _ruled(self, call: Call, step: Step) -> np.ndarray:
+        """The rule in the dtype in which scores are rounded."""
+        name, dtype = step.node.outputs[0], self.engine.dtype
+        # Scores only: a max pool must find its output among the values that it was computed from.
+        values = {**self.values, name: self.given.a.get(name, self.values[name])}
+        rounded = {v: values[v].astype(dtype) for v in step.rule.reads(step.node, 0)}
+        R = call.R[0].astype(dtype)
+        one = Call(step.node, call.position, (R,), rounded, NOTHING, call.samples)
+        return step.rule(one).astype(np.float64)
+
+    def _flipped(self, gradient: np.ndarray, call: Call, rule: Rectify) -> np.ndarray:
+        turned = self.flip.get(call.node.outputs[0])
         if turned is None:
             return gradient
         passed = call.R[0]
@@ -364,7 +432,8 @@ class _Pass:
         return np.where(turned, np.where(gradient == 0, passed, 0), gradient)
 
     def _band(self, rule: Rectify, call: Call, exact: bool) -> np.ndarray:
-        a, R = (v.astype(self.engine.dtype) for v in (call.a, call.R[0]))
+        a = self.given.a.get(call.node.outputs[0], call.a).astype(self.engine.dtype)
+        R = call.R[0].astype(self.engine.dtype)
         return tie_band(rule, a, R, call.samples, is_relu=call.node.op == "Relu", exact=exact)
 
     def _add(self, name: str, gradient: np.ndarray, step: Step, is_layer: bool) -> None:
@@ -373,7 +442,42 @@ class _Pass:
             before = 0.0
         after = before + (0.0 if is_layer else linear_tolerance(step, self.unit))
         self.tolerance[name] = max(self.tolerance.get(name, 0.0), after)
-        self.R[name] = self.R[name] + gradient if name in self.R else gradient
+        if name not in self.R:
+            self.R[name] = gradient
+            return
+        one = self.R[name]
+        self.R[name] = self.engine.memory.get(
+            ("+", id(one), id(gradient)), (one, gradient), lambda: one + gradient
+        )
+
+
+@dataclass(eq=False)
+class _Memory:
+    """Results by what they were computed from, which is kept so that identities stay unique."""
+
+    room: int = 2**31
+    found: dict[tuple[Any, ...], tuple[np.ndarray, tuple[np.ndarray, ...]]] = field(
+        default_factory=dict
+    )
+
+    def get(
+        self,
+        key: tuple[Any, ...],
+        sources: tuple[np.ndarray, ...],
+        compute: Callable[[], np.ndarray],
+    ) -> np.ndarray:
+        if key not in self.found:
+            result = compute()
+            size = result.nbytes + sum(source.nbytes for source in sources)
+            if size > self.room:
+                return result
+            self.room -= size
+            self.found[key] = (result, sources)
+        return self.found[key][0]
+
+
+def _double(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64)
 
 
 def linear_tolerance(step: Step, unit: float) -> float:
@@ -442,14 +546,15 @@ def seed_at(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
     return np.asarray(seed)
 
 
-def _table(conventions: Conventions, graph: Graph) -> RuleTable:
-    table = list(conventions.method.rules(graph))
-    if conventions.scores_z:
+def table_of(rules: RuleTable, graph: Graph, missing: frozenset[str], scores_z: bool) -> RuleTable:
+    """`rules` with these deviations."""
+    table = list(rules)
+    if scores_z:
         table = [
             (matches, RectifyByInput(rule) if isinstance(rule, Rectify) else rule)
             for matches, rule in table
         ]
-    absent = {n.name for n in graph.nodes if n.outputs[0] in conventions.missing}
+    absent = {node.name for node in graph.nodes if node.outputs[0] in missing}
     return [(named(absent), Gradient()), *table]
 
 
