@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from rectgrad_ref.onnx_models.cifar10_cnn import SHAPES, build
+from rectgrad_ref.onnx_models.cifar10 import load_cifar10, occlude
+from rectgrad_ref.onnx_models.cifar10_cnn import SHAPES, build, network_path
 
 
 @pytest.fixture
@@ -109,3 +111,28 @@ def test_forward_agrees_with_the_same_network_in_pytorch(
     np.testing.assert_allclose(
         logits(build(weights), image), expected, atol=1e-5 * np.abs(expected).max()
     )
+
+
+@pytest.mark.parametrize("occluded", [False, True])
+def test_trained_network_is_the_one_recorded(occluded: bool) -> None:
+    path = network_path(occluded=occluded)
+    record = json.loads(network_path().with_suffix(".json").read_text())[path.name]
+    (seed0,) = (seed for seed in record["seeds"] if seed["seed"] == 0)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == seed0["sha256"]
+    assert seed0["dataset"] == ("occluded" if occluded else "normal")
+    assert record["test_accuracy"] == seed0["test_accuracy"]
+    assert record["test_accuracy_mean"] == pytest.approx(
+        np.mean([seed["test_accuracy"] for seed in record["seeds"]])
+    )
+
+
+@pytest.mark.parametrize("occluded", [False, True])
+def test_trained_network_classifies_as_recorded(occluded: bool, cifar10_folder: Path) -> None:
+    path = network_path(occluded=occluded)
+    record = json.loads(network_path().with_suffix(".json").read_text())[path.name]
+    images, labels, _ = load_cifar10("test", cifar10_folder)
+    pixels = occlude(images[:1000]) if occluded else images[:1000]
+    image = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    accuracy = np.mean(logits(path, image).argmax(1) == labels[:1000])
+    # Three standard errors of a thousand samples.
+    assert accuracy == pytest.approx(record["test_accuracy"], abs=0.042)
