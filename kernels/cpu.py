@@ -115,7 +115,7 @@ def _emit_above(
 def nth_largest(values, k):
     """The k-th largest (0-based) of `values`, which are overwritten.
 
-    Histograms narrow the choice down until a bin is small; then quickselect.
+    Histograms narrow the choice down until a bin is small; then quickselect. All are numbers.
     """
     n = values.size
     counts = np.empty(_BINS, np.int64)
@@ -178,6 +178,16 @@ def _quickselect(values, n, k):
     return values[low]
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _score_at(op, arena, touched, active, mode, eps, p, c):
+    """One unit's score; 0 where it is no number, because an activation has overflowed."""
+    if not touched[op[S_TOUCHED] + p]:
+        return np.float32(0)
+    r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+    s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
+    return s if s == s else np.float32(0)
+
+
 @njit(nogil=True, cache=True)
 def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
     """A score that, by a sample, somewhat more than `rank` units exceed; at least 0."""
@@ -188,11 +198,7 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
         unit = (i * n + n // 2) // taken
         # Spread over the channels too, whatever divides them.
         p, c = unit // channels, (unit + i * 7919) % channels
-        s = np.float32(0)
-        if touched[op[S_TOUCHED] + p]:
-            r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-            s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
-        work[i] = s
+        work[i] = _score_at(op, arena, touched, active, mode, eps, p, c)
     expected = (rank + 1) / n * taken
     wanted = int(expected + 4 * np.sqrt(expected) + 4)
     if wanted >= taken:
@@ -206,11 +212,7 @@ def _all_scores(op, arena, touched, active, mode, eps, work):
     width, n = op[S_C], 0
     for p in range(op[S_H] * op[S_W]):
         for c in range(width):
-            s = np.float32(0)
-            if touched[op[S_TOUCHED] + p]:
-                r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-                s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
-            work[n] = s
+            work[n] = _score_at(op, arena, touched, active, mode, eps, p, c)
             n += 1
     return n
 
@@ -293,7 +295,8 @@ def _negatives(op, first, last, arena, touched, active, mode, eps):
 @njit(nogil=True, cache=True)
 def _between(lower, upper, fraction):
     """The interpolated percentile, in double precision from the rounded scores."""
-    return np.float64(lower) + (np.float64(upper) - np.float64(lower)) * fraction
+    bottom, top = np.float64(lower), np.float64(upper)
+    return bottom if fraction == 0 else bottom + (top - bottom) * fraction
 
 
 @njit(nogil=True, cache=True)

@@ -25,7 +25,7 @@ from rectgrad_ref.rules.declared import Call, MaxPoolBackward, Rectify, Rule, ma
 from rectgrad_ref.rules.linear import conv_X
 from rectgrad_ref.rules.pool import average_pool_X
 from rectgrad_ref.rules.window import Window
-from rectgrad_ref.threshold import PERCENTILES, ranks
+from rectgrad_ref.threshold import PERCENTILES, percentile, ranks, scores
 
 Array = np.ndarray
 Row = tuple[int, Columns, dict[int, float]]
@@ -465,8 +465,8 @@ def passed(
     return bench.get(target), float(shared[k.THRESHOLD])
 
 
-def rank_columns(units: int, q: float, percentile: Any) -> tuple[Columns, dict[int, float]]:
-    low, high, fraction = ranks(units, q, percentile)
+def rank_columns(units: int, q: float, convention: Any) -> tuple[Columns, dict[int, float]]:
+    low, high, fraction = ranks(units, q, convention)
     columns = {k.RANK_LOW: units - 1 - low, k.RANK_HIGH: units - 1 - high}
     return columns, {k.TAU: np.nan, k.FRACTION: fraction}
 
@@ -489,15 +489,15 @@ def test_thresholds_are_those_of_the_reference(
     kind: str,
     shape: tuple[int, ...],
     q: float,
-    percentile: Any,
+    convention: Any,
     eps: float,
     members: int,
     rng: np.random.Generator,
 ) -> None:
     a, R = (array.astype(np.float32) for array in KINDS[kind](rng, shape))
-    rule = Rectify(score=SCORES[mode], q=q, percentile=percentile, eps=eps)
+    rule = Rectify(score=SCORES[mode], q=q, percentile=convention, eps=eps)
     mask, tau = rule.select(a[None], R[None], 1)
-    columns, numbers = rank_columns(a.size, q, percentile)
+    columns, numbers = rank_columns(a.size, q, convention)
     found, threshold = passed(
         mode, a, R, columns, numbers | {k.EPS: eps}, members=members, around=(1, 2)
     )
@@ -546,6 +546,21 @@ def test_dead_and_saturated_units(strict: bool, ceiling: float, mode: int, tau: 
     found, _ = passed(mode, a, R, columns | {k.STRICT: int(strict)}, numbers)
     # Units that are dead or saturated stay in only where neither is asked for.
     np.testing.assert_array_equal(found, np.where(mask, R, 0))
+
+
+@pytest.mark.parametrize("q", [0.0, 50.0, 98.0])
+@pytest.mark.parametrize("mode", SCORES)
+def test_activations_that_overflowed(mode: int, q: float) -> None:
+    """∞ · 0 is no number; such a score counts as 0."""
+    rng = np.random.default_rng(5)
+    a, R = np.abs(normal(rng, 24, 20, 20)), -np.abs(normal(rng, 24, 20, 20, density=0.5))
+    a[rng.random(a.shape) < 0.1] = np.inf
+    with np.errstate(invalid="ignore"):
+        score = np.nan_to_num(scores(SCORES[mode], a, R), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    columns, numbers = rank_columns(a.size, q, "lower")
+    found, threshold = passed(mode, a, R, columns, numbers)
+    assert threshold == percentile(score.reshape(1, -1), q, "lower")[0]
+    assert np.isin(found[found != 0], R).all()
 
 
 PASSING = {
