@@ -43,6 +43,7 @@ from .images import Layout
 from .methods import METHODS, Method, make_method
 from .rules.declared import Rule
 from .rules.registry import find_vjp
+from .verify.cli import app as verify_app
 
 if TYPE_CHECKING:
     from .onnx_models.published import Download
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models that can be had by name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(verify_app, name="verify")
 
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.")]
 Preset = Annotated[str, typer.Option(help="Conventions: default, paper or authors.")]

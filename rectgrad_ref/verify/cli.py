@@ -1,0 +1,151 @@
+"""`rectgrad verify`: make a bundle, compare another implementation with it, verify the reference.
+
+Exit codes: 0, agrees or done; 1, differs or fails; 2, wrong usage or unusable input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import OutputError
+
+app = typer.Typer(
+    help="Verify another implementation of RectGrad, and this one.", no_args_is_help=True
+)
+
+Page = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a page.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="ONNX file, where the bundle does not contain it.")
+]
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Errors as the rest of the command line shows them."""
+    from ..cli import _reporting as shared  # which mounts this module
+
+    with shared():
+        yield
+
+
+@app.command("make")
+def make_bundle(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Bundle to write, an .npz file.")],
+    method: Annotated[str, typer.Option("-m", "--method", help="See 'rectgrad methods'.")] = (
+        "rectgrad"
+    ),
+    target: Annotated[
+        list[str] | None, typer.Option("-t", "--target", help="Class, one or one an image.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="default, paper or authors.")] = "default",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An option of the method. Repeatable."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", metavar="NAME", help="Keep this layer only. Repeatable."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "float64"] | None, typer.Option(help="On the reference backend.")
+    ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="How pictures become input.")
+    ] = None,
+) -> None:
+    """Explain images and write what another implementation is compared with."""
+    from ..cli import _methods, _targets
+    from .bundle import make
+
+    with _reporting():
+        if out.suffix != ".npz" or not out.parent.is_dir():
+            raise OutputError(f"cannot write {out}: give an .npz file in a folder that exists")
+        (chosen,) = _methods([method], preset, settings or [])
+        targets: Any = [t for t in _targets(target or [], len(images)) if t is not None] or None
+        bundle = make(
+            model,
+            list(images),
+            method=chosen,
+            target=targets,
+            layers=layer,
+            backend=backend,
+            dtype=dtype,
+            preprocess=preprocess,
+        )
+        bundle.save(out)
+    contains = "with its model" if bundle.model is not None else "without its model"
+    print(
+        f"wrote {out}: {len(bundle.inputs)} images, {len(bundle.layers)} layers, "
+        f"{bundle.dtype}, {contains}, {out.stat().st_size / 1000:.0f} kB"
+    )
+
+
+@app.command("compare")
+def compare_bundle(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Made by 'verify make'.")],
+    theirs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="THEIRS", help="An .npz file: the final map, gradients by value name, or both."
+        ),
+    ],
+    model: ModelOption = None,
+    page: Page = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare another implementation's numbers with a bundle, and say what differs."""
+    from . import report
+    from .bundle import load
+    from .compare import compare, engine_of
+    from .diagnose import diagnose
+
+    with _reporting():
+        opened = load(bundle)
+        comparison = compare(opened, theirs, model)
+        diagnosis = diagnose(comparison, engine_of(opened, model))
+        if page is not None:
+            _write(page, report.page(comparison, diagnosis))
+    if as_json:
+        print(json.dumps(report.as_data(comparison, diagnosis), indent=2, ensure_ascii=False))
+    else:
+        _print(report.text(comparison, diagnosis))
+    if not comparison.agrees or diagnosis.verdict == "explained":
+        raise typer.Exit(1)
+
+
+@app.command("bundles")
+def list_bundles() -> None:
+    """List the conformance bundles that come with the package."""
+    from .bundle import load
+    from .conformance import bundle_paths
+
+    for path in bundle_paths():
+        print(f"{path}\n    {load(path).provenance['about']}")
+
+
+def _write(path: Path, content: str) -> None:
+    from ..files import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def _print(parts: Any) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for part in parts:
+        console.print(part)
