@@ -52,6 +52,7 @@ _LINE = 1.1 / 72  # height of a line, per point of font size
 _LINES = 3
 _PAGE = (7.2, 9.0)
 _PANEL = (0.8, 1.6)
+_COLUMNS = 7  # panels that fit across a page beside their label
 _MARGIN = _GAP = 0.06
 _SIDE = 1.0
 _FOOT = 0.5
@@ -178,11 +179,13 @@ def overlay(attribution: Attribution) -> Figure:
             row.insert(0, picture)
             row.append(_blend(picture, heatmap))
         heads = ["Image", *heads, "Overlay"]
-    return _grid(rows, heads, _class_labels(attribution))
+    return _grid(rows, [heads], _class_labels(attribution))
 
 
 def side_by_side(attributions: Sequence[Attribution], *, sparsify: float | None = None) -> Figure:
     """Compare methods: one row an image, one column a method (figures 1 and 5).
+
+    Many methods on a single image wrap into several rows.
 
     Parameters
     ----------
@@ -300,7 +303,7 @@ def layer_strip(
         f"{len(chosen)} of {len(spatial)} layers, from the input (left) to the logits (right): "
         f"mean of {'a·R' if times_activation else 'R'} over channels"
     )
-    return _grid(rows, heads, [a.method.title for a in attributions], note)
+    return _grid(rows, [heads], [a.method.title for a in attributions], note)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -426,12 +429,28 @@ def _comparison(
     _check_comparable(attributions)
     first = attributions[0]
     columns = [[render(heatmap) for heatmap in cap(maps)] for maps in heatmaps]
+    if len(first.target) == 1:
+        return _wrapped([column[0] for column in columns], labels, first)
     heads = list(labels)
     if first.pictures is not None:
         columns.insert(0, list(first.pictures))
         heads.insert(0, "Image")
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return _grid(rows, heads, _class_labels(first))
+    return _grid(rows, [heads], _class_labels(first))
+
+
+def _wrapped(maps: Sequence[RGB], labels: Sequence[str], attribution: Attribution) -> Figure:
+    """One image and its maps in as many rows of equal length as the page needs, the image first."""
+    image = [] if attribution.pictures is None else [attribution.pictures[0]]
+    lines = -(-len(maps) // (_COLUMNS - len(image)))
+    length = -(-len(maps) // lines)
+    rows: list[list[RGB | None]] = []
+    heads: list[list[str]] = []
+    for start in range(0, len(maps), length):
+        part = slice(start, start + length)
+        rows.append([*(image if start == 0 else [None] * len(image)), *maps[part]])
+        heads.append([*(["Image" if start == 0 else ""] * len(image)), *labels[part]])
+    return _grid(rows, heads, [*_class_labels(attribution), *[""] * (lines - 1)])
 
 
 def _class_labels(attribution: Attribution) -> list[str]:
@@ -454,36 +473,46 @@ def _evenly(count: int, limit: int) -> list[int]:
 
 
 def _grid(
-    rows: Sequence[Sequence[RGB | None]], heads: Sequence[str], sides: Sequence[str], note: str = ""
+    rows: Sequence[Sequence[RGB | None]],
+    heads: Sequence[Sequence[str]],
+    sides: Sequence[str],
+    note: str = "",
 ) -> Figure:
-    """Lay out images in rows and columns, with column heads, row labels and one colour bar.
+    """Lay out images in rows and columns, with heads, row labels and one colour bar.
 
-    Every position follows from measured text, so that nothing overlaps.
+    The heads are a list for each row that has some, from the first; usually it alone. Every
+    position follows from measured text, so that nothing overlaps.
     """
+    count = len(rows[0])
     pixels = next(cell for cell in rows[0] if cell is not None)
     aspect = pixels.shape[0] / pixels.shape[1]
-    fitting = min(_PAGE[0] / len(heads), _PAGE[1] / len(rows) / aspect)
+    fitting = min(_PAGE[0] / count, _PAGE[1] / len(rows) / aspect)
     across = min(max(fitting, _PANEL[0]), _PANEL[1])
     down = across * aspect
     for size in _SIZES:
-        wrapped = [_wrap(head, across, size) for head in heads]
-        if not any("…" in head for head in wrapped):
+        wrapped = [[_wrap(head, across, size) for head in line] for line in heads]
+        if not any("…" in head for line in wrapped for head in line):
             break
     sides = [_wrap(side, _SIDE, size) for side in sides]
     left = _MARGIN + max(_width(line, size) for side in sides for line in side.split("\n"))
-    top = _MARGIN + max(head.count("\n") + 1 for head in wrapped) * size * _LINE
-    right = left + len(heads) * (_GAP + across)
-    bottom = top + len(rows) * (_GAP + down)
+    columns = [left + _GAP + j * (_GAP + across) for j in range(count)]
+    tops: list[float] = []
+    bottom = _MARGIN
+    for i in range(len(rows)):
+        lines = max((h.count("\n") + 1 for h in wrapped[i]), default=0) if i < len(heads) else 0
+        tops.append(bottom + lines * size * _LINE + _GAP * (2 if lines and i else 1))
+        bottom = tops[-1] + down
+    right = left + count * (_GAP + across)
     page = _Page(right + _MARGIN, bottom + _FOOT)
-    for j, head in enumerate(wrapped):
-        x = left + _GAP + j * (_GAP + across)
-        page.text(x + across / 2, top, head, size, ha="center", va="baseline")
-        for i, row in enumerate(rows):
-            if (cell := row[j]) is not None:
-                page.image(x, top + _GAP + i * (_GAP + down), across, down, cell)
-    for i, side in enumerate(sides):
-        y = top + _GAP + i * (_GAP + down) + down / 2
-        page.text(left, y, side, size, ha="right", va="center")
+    for top, line in zip(tops, wrapped, strict=False):
+        for x, head in zip(columns, line, strict=False):
+            page.text(x + across / 2, top - _GAP, head, size, ha="center", va="baseline")
+    for j, x in enumerate(columns):
+        for top, row in zip(tops, rows, strict=True):
+            if j < len(row) and (cell := row[j]) is not None:
+                page.image(x, top, across, down, cell)
+    for top, side in zip(tops, sides, strict=True):
+        page.text(left, top + down / 2, side, size, ha="right", va="center")
 
     bar = min(_BAR[0], right - left - _GAP)
     page.colour_bar(right - bar, bottom + _GAP, bar, _BAR[1])
@@ -504,6 +533,8 @@ class _Page:
         self.figure = Figure(figsize=(width, height), facecolor="white")
 
     def text(self, x: float, y: float, content: str, size: float, *, ha: str, va: str) -> None:
+        if not content:
+            return
         self.figure.text(
             x / self.width,
             1 - y / self.height,

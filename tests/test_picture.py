@@ -297,6 +297,25 @@ def test_side_by_side(samples: int, count: int, pictures: bool) -> None:
         np.testing.assert_array_equal(panel, picture.render(heatmap))
 
 
+@pytest.mark.parametrize("pictures", [True, False])
+@pytest.mark.parametrize("count", [6, 7, 8, 13])
+def test_many_methods_on_one_image_wrap(count: int, pictures: bool) -> None:
+    several = [attribution(1, method=f"method {i}", pictures=pictures) for i in range(count)]
+    figure = picture.side_by_side(several)
+    assert_tidy(figure)
+    assert figure.get_figwidth() < 8.5
+    assert texts(figure)[pictures : pictures + count] == [f"method {i}" for i in range(count)]
+    places = [axes.get_position().bounds for axes in figure.axes[:-1]]
+    assert len(places) == count + pictures
+    lines = len({round(y, 6) for _, y, _, _ in places})
+    assert lines == -(-count // (7 - pictures))
+    first = np.asarray(figure.axes[0].images[0].get_array())
+    expected = several[0].pictures[0] if pictures else None
+    if expected is not None:  # the image has the first column for itself
+        np.testing.assert_array_equal(first, expected)
+        assert sum(round(x, 6) == round(places[0][0], 6) for x, _, _, _ in places) == 1
+
+
 def test_rows_name_the_class_and_its_score() -> None:
     one = attribution(samples=2, class_names=["gar, garfish", "tench, Tinca tinca", "a", "b", "c"])
     one.logits = np.array([[1.0, 2.0, 3.0, 0.0, 0.0], [900.0, 0.0, 0.0, 0.0, 0.0]])
