@@ -1,0 +1,15 @@
+"""One module per experiment of the paper, and the list of them in the paper's order."""
+
+from __future__ import annotations
+
+from ..runner import Experiment
+from .noise_level import NoiseLevel
+from .training_occlusion import TrainingOcclusion
+
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    cls.name: cls
+    for cls in (
+        TrainingOcclusion,
+        NoiseLevel,
+    )
+}

@@ -1,0 +1,179 @@
+"""Noise level (figure 8): attribution on the background, and total variation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import plots
+from ..evidence import (
+    Claim,
+    Conclusion,
+    Table,
+    compare,
+    distribution_table,
+    lower_than,
+    number,
+    quartiles,
+)
+from ..maps import (
+    OURS,
+    PRR,
+    RECTGRAD,
+    background_attribution,
+    heatmaps,
+    measured,
+    paper_methods,
+    total_variation,
+)
+from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..sources import Sources, checksum, normalized
+
+PAPER_BACKGROUND = {RECTGRAD: 450.0, PRR: 300.0}  # over all 100 images
+PAPER_VARIATION = {
+    RECTGRAD: 48.0,
+    PRR: 30.0,
+    "Saliency": 630.0,
+    "Guided BP": 270.0,
+    "SmoothGrad": 205.0,
+    "Gradient × input": 300.0,
+    "IntegGrad": 220.0,
+    "DeepLIFT": 145.0,
+}
+_PARTS = {
+    "background": "Attribution outside the mask",
+    "test": "Total variation, test images",
+    "train": "Total variation, training images",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevel(Experiment):
+    """How noisy the maps of each method are.
+
+    Attributes
+    ----------
+    masked
+        Images with a mask, of each class.
+    images
+        The first of the test set, and of the training set.
+    batch
+        Images a unit of work.
+    """
+
+    name: ClassVar[str] = "noise_level"
+    title: ClassVar[str] = "Noise level"
+    figures: ClassVar[str] = "figure 8"
+    paper: ClassVar[str] = (
+        "RectGrad with PRR puts the least attribution on the background, then RectGrad; the total "
+        "variation of their maps is the lowest too."
+    )
+    quick: ClassVar[Mapping[str, Any]] = {"images": 100}
+
+    masked: int = 10
+    images: int = 10_000
+    batch: int = 100
+
+    def inputs(self, sources: Sources) -> dict[str, str]:
+        chosen = sources.correctly_classified(self.masked)
+        return {
+            "network": sources.network().model.sha256,
+            "masked images": checksum(chosen.index, chosen.background),
+            "test": checksum(sources.test.images[: self.images]),
+            "train": checksum(sources.train.images[: self.images]),
+        }
+
+    def units(self, sources: Sources) -> Mapping[str, Unit]:
+        explainer, methods = sources.network(), paper_methods(sources.seed)
+        chosen = sources.correctly_classified(self.masked)
+
+        def on_background(rows: slice) -> Arrays:
+            part = chosen.pick(rows)
+            maps = heatmaps(explainer, normalized(part.images), methods, keys=part.index)
+            return {
+                name: background_attribution(heatmap, part.background)
+                for name, heatmap in measured(maps).items()
+            }
+
+        def variation(images: np.ndarray, rows: slice) -> Arrays:
+            keys = np.arange(rows.start, rows.stop)
+            maps = heatmaps(explainer, normalized(images[rows]), methods, keys=keys)
+            return {n: total_variation(heatmap) for n, heatmap in measured(maps).items()}
+
+        units: dict[str, Unit] = {
+            f"background-{key}": partial(on_background, rows)
+            for key, rows in batches(len(chosen.index), self.batch).items()
+        }
+        for split, data in (("test", sources.test), ("train", sources.train)):
+            for key, rows in batches(min(self.images, len(data.labels)), self.batch).items():
+                units[f"{split}-{key}"] = partial(variation, data.images, rows)
+        return units
+
+    def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
+        parts = _by_part(found)
+        claims, tables, numbers = [], [], {}
+        for part, title in _PARTS.items():
+            values = parts[part]
+            numbers[part] = {name: quartiles(v) for name, v in values.items()}
+            tables.append(_table(values, part, title))
+            claims += [_lowest(values, PRR, (), title), _lowest(values, RECTGRAD, (PRR,), title)]
+        return Conclusion(
+            scale=(
+                f"{len(parts['background'][PRR])} images with masks (the paper: 100); total "
+                f"variation of the first {len(parts['test'][PRR]):,} of the 10,000 test images and "
+                f"as many training images; one network (seed 0)."
+            ),
+            numbers=numbers,
+            tables=tables,
+            claims=claims,
+            remarks=[
+                "The caption of figure 8 speaks of test images, the authors' code of training "
+                "images."
+            ],
+        )
+
+    def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
+        parts = _by_part(found)
+        figure, axes = plots.figure(3, width=3.4, height=2.8)
+        labels = {"background": "Σ|map| outside the mask", "test": "total variation of the map"}
+        for ax, (part, title) in zip(axes, _PARTS.items(), strict=True):
+            paper = None if part == "background" else PAPER_VARIATION
+            label = labels.get(part, labels["test"])
+            plots.boxes(ax, parts[part], ours=OURS, label=label, title=title, paper=paper)
+        return [plots.save(figure, folder, self.name)]
+
+
+def _by_part(found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        part: stacked({key: unit for key, unit in found.items() if key.startswith(f"{part}-")})
+        for part in _PARTS
+    }
+
+
+def _table(values: Mapping[str, np.ndarray], part: str, title: str) -> Table:
+    """The paper shows medians of total variation, but totals of what is on the background."""
+    if part != "background":
+        paper = {name: number(median) for name, median in PAPER_VARIATION.items()}
+        return distribution_table(values, paper, f"{title}.")
+    plain = distribution_table(values)
+    shown = {name: number(total) for name, total in PAPER_BACKGROUND.items()}
+    rows = [
+        [*row, number(float(values[row[0]].sum())), shown.get(row[0], "–")] for row in plain.rows
+    ]
+    head = [*plain.head, "total", "paper's total, about"]
+    return Table(head, rows, f"{title}, Σ|map| per image, and over all images.")
+
+
+def _lowest(values: Mapping[str, np.ndarray], ours: str, but: tuple[str, ...], title: str) -> Claim:
+    pairs = compare(values[ours], {n: v for n, v in values.items() if n != ours and n not in but})
+    text = f"{ours} is lowest{' after ' + but[0] if but else ''}"
+    return Claim(
+        f"{title}: {text}",
+        all(pair.lower for pair in pairs.values()),
+        lower_than(ours, pairs),
+    )

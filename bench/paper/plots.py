@@ -1,0 +1,97 @@
+"""Plots of numbers in one style: box plots, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rectgrad_ref import picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS, OTHER, PAPER = "#b2182b", "#4d4d4d", "#2166ac"
+_CURVES = ("#b2182b", "#2166ac", "#1b7837", "#e08214", "#762a83", "#8c510a", "#01665e", "#4d4d4d")
+_SIZE = 8
+
+
+def figure(columns: int = 1, height: float = 2.6, width: float = 3.5) -> tuple[Figure, list[Axes]]:
+    """A row of axes, each `width` × `height` inches."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width * columns, height), layout="constrained")
+    axes = [made.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.tick_params(labelsize=_SIZE)
+        ax.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def boxes(
+    ax: Axes,
+    values: Mapping[str, np.ndarray],
+    *,
+    ours: Sequence[str],
+    label: str,
+    title: str = "",
+    paper: Mapping[str, float] | None = None,
+) -> None:
+    """Horizontal boxes in the given order: quartiles, whiskers to 1.5 times their distance.
+
+    `paper` adds the medians that the paper shows.
+    """
+    names = list(values)
+    drawn = ax.boxplot(
+        [values[name] for name in names],
+        orientation="horizontal",
+        showfliers=False,
+        widths=0.6,
+        patch_artist=True,
+    )
+    for name, box, median in zip(names, drawn["boxes"], drawn["medians"], strict=True):
+        colour = OURS if name in ours else OTHER
+        box.set(facecolor="white", edgecolor=colour)
+        median.set(color=colour, linewidth=2)
+    if paper:
+        known = [i + 1 for i, name in enumerate(names) if name in paper]
+        marks = [paper[names[i - 1]] for i in known]
+        ax.plot(marks, known, "D", color=PAPER, markersize=4, label="paper's median", zorder=3)
+        ax.legend(fontsize=_SIZE - 1, frameon=False)
+    ax.set_yticks(range(1, len(names) + 1), names)
+    ax.invert_yaxis()
+    ax.set_xlabel(label, size=_SIZE)
+    ax.set_title(title, size=_SIZE + 1)
+
+
+def curves(
+    ax: Axes,
+    x: Sequence[float] | np.ndarray,
+    lines: Mapping[str, np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    spread: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    marker: str = "",
+    legend: bool = True,
+) -> None:
+    """One line a name; `spread` shades the space between two others."""
+    for colour, (name, y) in zip(_CURVES * 2, lines.items(), strict=False):
+        ax.plot(x, y, color=colour, label=name, linewidth=1.4, marker=marker, markersize=3)
+        if spread and name in spread:
+            ax.fill_between(x, *spread[name], color=colour, alpha=0.15, linewidth=0)
+    ax.set_xlabel(xlabel, size=_SIZE)
+    ax.set_ylabel(ylabel, size=_SIZE)
+    ax.set_title(title, size=_SIZE + 1)
+    if legend:
+        ax.legend(fontsize=_SIZE - 1, frameon=False)
+
+
+def save(made: Figure, folder: Path, name: str) -> str:
+    """Write a plot as PNG; its file name."""
+    picture.save(made, folder / f"{name}.png")
+    return f"{name}.png"

@@ -1,0 +1,115 @@
+"""RESULTS.md, made of the JSON files of all experiments and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rectgrad_ref.files import atomic_write
+
+from .evidence import SIGNIFICANT
+from .experiments import EXPERIMENTS
+
+_INTRODUCTION = f"""\
+# The paper's experiments, reproduced
+
+Kim et al. 2019, *Why are Saliency Maps Noisy? Cause of and Solution to Noisy Saliency Maps*.
+
+This file is written by `python -m bench.paper report` from the JSON files in `{{results}}`, which
+`python -m bench.paper all` writes; no number is typed by hand. A claim of the paper holds here if
+the numbers say so and the difference is significant: paired over the images, Wilcoxon's
+signed-rank test, p < {SIGNIFICANT} after Holm's correction for all methods compared, unless a claim
+says otherwise. The verdict counts claims: all, some or none of them hold. Significance is over
+images for one trained network, not over networks. CIFAR-10 and photographs are not ours to
+publish, so the pictures stay in the work folder and only plots of numbers are here.
+"""
+
+
+def write(results: Path, destination: Path) -> None:
+    """Write the comparison of every experiment whose JSON file is in `results`."""
+    records = [
+        json.loads(path.read_text("utf-8"))
+        for name in EXPERIMENTS
+        if (path := results / f"{name}.json").exists()
+    ]
+    missing = [cls for cls in EXPERIMENTS.values() if not (results / f"{cls.name}.json").exists()]
+    folder = results.relative_to(destination.parent).as_posix()
+    lines = [_INTRODUCTION.replace("{results}", folder), *_summary(records, missing)]
+    for record in records:
+        lines += _section(record, folder)
+    with atomic_write(destination) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _summary(records: Sequence[dict[str, Any]], missing: Sequence[Any]) -> Iterator[str]:
+    rows = [
+        [
+            f"[{record['title']}](#{_anchor(_heading(record))})",
+            record["figures"],
+            _count(record["claims"]),
+            f"**{record['verdict']}**",
+            record["scale"],
+        ]
+        for record in records
+    ]
+    rows += [[cls.title, cls.figures, "–", "not run yet", "–"] for cls in missing]
+    head = ["experiment", "in the paper", "claims that hold", "verdict", "what was run"]
+    yield from _table(head, rows)
+
+
+def _section(record: dict[str, Any], folder: str) -> Iterator[str]:
+    yield f"## {_heading(record)}"
+    yield ""
+    yield f"**Paper.** {record['paper']}"
+    yield ""
+    yield f"**Here: {record['verdict']}.** {record['scale']}"
+    yield ""
+    for claim in record["claims"]:
+        yield f"- {'✓' if claim['holds'] else '✗'} {claim['text']}: {claim['evidence']}."
+    yield ""
+    for table in record["tables"]:
+        if table["note"]:
+            yield f"{table['note']}"
+            yield ""
+        yield from _table(table["head"], table["rows"])
+    for name in record["plots"]:
+        yield f"![{record['title']}]({folder}/{name})"
+        yield ""
+    for remark in record["remarks"]:
+        yield f"{remark}"
+        yield ""
+    yield f"<sub>{_provenance(record)}</sub>"
+    yield ""
+
+
+def _heading(record: dict[str, Any]) -> str:
+    return f"{record['title']} ({record['figures']})"
+
+
+def _anchor(heading: str) -> str:
+    """The name that GitHub gives to a heading."""
+    kept = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def _count(claims: Sequence[dict[str, Any]]) -> str:
+    return f"{sum(claim['holds'] for claim in claims)} of {len(claims)}" if claims else "–"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for line in (head, ["---"] * len(head), *rows):
+        yield f"| {' | '.join(line)} |"
+    yield ""
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    environment = record["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    settings = ", ".join(f"{k} = {v}" for k, v in record["settings"].items())
+    return (
+        f"{settings}; seed {record['seed']}; commit {', '.join(environment['commits_of_units'])}; "
+        f"{environment['cpu']}, {environment['cores']} cores; {versions}; {environment['date']}; "
+        f"{environment['seconds']:.0f} s of work"
+    )

@@ -1,0 +1,178 @@
+"""What an experiment is, and how it is run: unit by unit, resumable at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from bench.speed.machine import describe
+from rectgrad_ref.files import atomic_write
+
+from .evidence import Conclusion
+from .sources import Sources
+
+Arrays = Mapping[str, np.ndarray]
+Unit = Callable[[], Arrays]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(ABC):
+    """Settings of one experiment; their defaults are the paper's protocol.
+
+    Attributes
+    ----------
+    name, title, figures
+        On the command line and in the report.
+    paper
+        The paper's outcome, in words.
+    quick
+        Settings with which it ends within five minutes on two cores.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    figures: ClassVar[str]
+    paper: ClassVar[str]
+    quick: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def inputs(self, sources: Sources) -> dict[str, str]:
+        """The SHA-256 of every network and data set that the results depend on."""
+
+    @abstractmethod
+    def units(self, sources: Sources) -> Mapping[str, Unit]:
+        """The work, cut into independent pieces of some seconds, by name."""
+
+    @abstractmethod
+    def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
+        """What follows from the results of all units."""
+
+    def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
+        """Draw plots of numbers into `folder`; their file names."""
+        return []
+
+    def pictures(self, sources: Sources, folder: Path) -> None:  # noqa: B027  (optional)
+        """Draw pictures that show images of others, which stay out of the repository."""
+
+
+def run(
+    experiment: Experiment, sources: Sources, *, work: Path, out: Path, console: Console
+) -> Path:
+    """Do what is left of an experiment and write its JSON file and plots.
+
+    Parameters
+    ----------
+    work : Path
+        Folder of the units' results and of pictures. A unit whose file is there is not done again,
+        so that an interrupted run goes on where it was; the files of other settings, seeds,
+        networks or data are never taken for it.
+    out : Path
+        Folder of `<name>.json` and the plots.
+
+    Returns
+    -------
+    Path
+        The JSON file.
+    """
+    inputs = experiment.inputs(sources)
+    identity = {"settings": asdict(experiment), "seed": sources.seed, "inputs": inputs}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = work / f"{experiment.name}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    units = experiment.units(sources)
+    with _progress(console) as progress:
+        bar = progress.add_task(experiment.name, total=len(units))
+        for key, unit in units.items():
+            path = folder / f"{key}.npz"
+            if not path.exists():
+                _compute(unit, path, machine["commit"])
+            progress.advance(bar)
+    found, commits, seconds = _collect(folder, list(units))
+    conclusion = experiment.conclude(sources, found)
+    plots = experiment.plot(conclusion, found, out)
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    experiment.pictures(sources, pictures)
+    content = {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "figures": experiment.figures,
+        "paper": experiment.paper,
+        **identity,
+        "environment": {**machine, "commits_of_units": commits, "seconds": round(seconds, 1)},
+        "verdict": conclusion.verdict,
+        **asdict(conclusion),
+        "plots": plots,
+    }
+    path = out / f"{experiment.name}.json"
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    console.print(f"{experiment.name}: {conclusion.verdict}; {path}; pictures: {pictures}")
+    return path
+
+
+def batches(count: int, size: int) -> dict[str, slice]:
+    """Slices of at most `size` of the indices 0 … count − 1, by a name that sorts."""
+    return {
+        f"{start:06d}": slice(start, min(start + size, count)) for start in range(0, count, size)
+    }
+
+
+def stacked(found: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+    """The arrays of units that share their names, joined along axis 0."""
+    parts = [found[key] for key in sorted(found)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _compute(unit: Unit, path: Path, commit: str | None) -> None:
+    start = time.perf_counter()
+    arrays = {f"result/{name}": array for name, array in unit().items()}
+    seconds = np.float64(time.perf_counter() - start)
+    with atomic_write(path) as temporary:
+        np.savez_compressed(temporary, seconds=seconds, commit=np.array(str(commit)), **arrays)
+
+
+def _collect(folder: Path, keys: list[str]) -> tuple[dict[str, Arrays], list[str], float]:
+    """The results of all units, the commits at which they were computed, the time they took."""
+    found, commits, seconds = {}, set(), 0.0
+    for key in keys:
+        with np.load(folder / f"{key}.npz") as file:
+            found[key] = {
+                name.removeprefix("result/"): file[name]
+                for name in file.files
+                if name.startswith("result/")
+            }
+            commits.add(str(file["commit"]))
+            seconds += float(file["seconds"])
+    return found, sorted(commits), seconds

@@ -1,0 +1,210 @@
+"""Where images, masks and networks come from; the project itself has only its networks."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rectgrad_ref.errors import InvalidImage, InvalidModel
+from rectgrad_ref.explainer import Explainer
+from rectgrad_ref.onnx_models import published
+from rectgrad_ref.onnx_models.cifar10 import CLASS_NAMES, Cifar10, load_cifar10, occlude
+from rectgrad_ref.onnx_models.cifar10_cnn import network_path
+
+_MASK_FILE = re.compile(r"(?P<label>[a-z]+)_(?P<number>\d+)_mask\.jpg")
+# Colour is stored at half resolution in a JPEG, which costs some grey levels.
+_SAME_PICTURE = 8.0
+
+
+class Masked(NamedTuple):
+    """Training images with the paper's masks."""
+
+    index: np.ndarray
+    """(N,), positions in the CIFAR-10 training set."""
+    images: np.ndarray
+    """(N, 3, 32, 32) uint8."""
+    labels: np.ndarray
+    """(N,)."""
+    background: np.ndarray
+    """(N, 32, 32) bool: the mask is below 200."""
+
+    def pick(self, rows: np.ndarray | slice) -> Masked:
+        return Masked(*(array[rows] for array in self))
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """An ImageNet-sized network and photographs for it.
+
+    Attributes
+    ----------
+    path : Path
+    preprocess : str
+        As `rectgrad_ref.Explainer` takes it.
+    labels : Path or None
+        File of class names.
+    photos : sequence of Path
+        Empty for scikit-image's own photographs (CC0).
+    """
+
+    path: Path
+    preprocess: str
+    labels: Path | None = None
+    photos: Sequence[Path] = ()
+
+    def load(self, backend: str) -> Explainer:
+        return Explainer(self.path, backend=backend, preprocess=self.preprocess, labels=self.labels)
+
+    def pictures(self) -> dict[str, Image.Image | Path]:
+        """The photographs by name."""
+        if self.photos:
+            return {path.stem: path for path in self.photos}
+        from skimage import data
+
+        return {
+            name: Image.fromarray(np.asarray(getattr(data, name)()))
+            for name in ("chelsea", "coffee", "rocket")
+        }
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that experiments read.
+
+    Attributes
+    ----------
+    cifar : Path or None
+        Folder of the official pickles; by default `$RECTGRAD_CIFAR10` or the user's cache.
+    masks : Path or None
+        Folder of the authors' images `<class>_<number>.jpg` and masks `<class>_<number>_mask.jpg`.
+    classifier : Classifier or None
+        By default Inception V4, where it is in the user's cache.
+    download : bool
+        Fetch CIFAR-10 if it is not there.
+    seed : int
+        Of all noise and random orders.
+    backend, device : str
+        Of attributions, and PyTorch's of retraining.
+    """
+
+    cifar: Path | None = None
+    masks: Path | None = None
+    classifier: Classifier | None = field(default_factory=lambda: inception_v4())
+    download: bool = False
+    seed: int = 0
+    backend: str = "auto"
+    device: str = "cpu"
+
+    @cached_property
+    def train(self) -> Cifar10:
+        return load_cifar10("train", self.cifar, download=self.download)
+
+    @cached_property
+    def test(self) -> Cifar10:
+        return load_cifar10("test", self.cifar, download=self.download)
+
+    @cached_property
+    def occluded_test(self) -> np.ndarray:
+        return occlude(self.test.images)
+
+    def network(self, *, occluded: bool = False) -> Explainer:
+        """The committed CIFAR-10 network."""
+        return Explainer(network_path(occluded=occluded), backend=self.backend)
+
+    @cached_property
+    def masked(self) -> Masked:
+        """All different images with a mask, by class and number.
+
+        The authors' files are JPEGs in BGR order, so the training image nearest to each is used.
+        A mask without its image is left out, and so is an image that comes a second time.
+
+        Raises
+        ------
+        InvalidImage
+            There is no such folder, or a file is no picture of the training set.
+        """
+        if self.masks is None:
+            raise InvalidImage(
+                "no segmentation masks: get the authors' repository (1202kbs/Rectified-Gradient) "
+                "and name the folder of the CIFAR-10 masks with --masks"
+            )
+        found: dict[int, np.ndarray] = {}
+        for path in sorted(self.masks.glob("*_mask.jpg"), key=_by_class_and_number):
+            picture = path.with_name(path.name.replace("_mask", ""))
+            if picture.exists():
+                index = self._nearest(picture, CLASS_NAMES.index(_parts(path)[0]))
+                found.setdefault(index, np.asarray(Image.open(path).convert("L")) < 200)
+        if not found:
+            raise InvalidImage(f"{self.masks} has no files named like cat_1.jpg and cat_1_mask.jpg")
+        index = np.array(list(found))
+        images, labels = self.train.images[index], self.train.labels[index]
+        return Masked(index, images, labels, np.stack(list(found.values())))
+
+    def correctly_classified(self, each: int) -> Masked:
+        """The first masked images of each class that the committed network classifies rightly."""
+        masked = self.masked
+        logits = self.network().explain(normalized(masked.images), method="saliency").logits
+        right = logits.argmax(axis=1) == masked.labels
+        rows = [np.flatnonzero(right & (masked.labels == c))[:each] for c in range(10)]
+        return masked.pick(np.concatenate(rows))
+
+    def needed_classifier(self) -> Classifier:
+        if self.classifier is None:
+            raise InvalidModel(
+                "this experiment needs an ImageNet-sized classifier: name an ONNX file with "
+                "--classifier and --preprocess, or get the paper's (rectgrad models get)"
+            )
+        return self.classifier
+
+    def _nearest(self, path: Path, label: int) -> int:
+        """Position of a JPEG's original among the training images of its class."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))[..., ::-1].transpose(2, 0, 1)
+        candidates = np.flatnonzero(self.train.labels == label)
+        difference = np.abs(self.train.images[candidates].astype(np.int16) - pixels)
+        distance = difference.mean(axis=(1, 2, 3))
+        best = int(distance.argmin())
+        if distance[best] > _SAME_PICTURE:
+            raise InvalidImage(f"{path} is not a {CLASS_NAMES[label]} of CIFAR-10's training set")
+        return int(candidates[best])
+
+
+def inception_v4() -> Classifier | None:
+    """The paper's ImageNet network, where it was built or downloaded."""
+    for name in ("inception_v4", "inception_v4_Opset16"):
+        path = published.cache_folder() / f"{name}.onnx"
+        if path.exists():
+            return Classifier(path, "inception")
+    return None
+
+
+def normalized(images: np.ndarray) -> np.ndarray:
+    """x/127.5 − 1 in float32."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def checksum(*arrays: np.ndarray) -> str:
+    """SHA-256 of the arrays' bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _parts(path: Path) -> tuple[str, int]:
+    match = _MASK_FILE.fullmatch(path.name)
+    if match is None or match["label"] not in CLASS_NAMES:
+        raise InvalidImage(f"{path} is not named like cat_1_mask.jpg")
+    return match["label"], int(match["number"])
+
+
+def _by_class_and_number(path: Path) -> tuple[int, int]:
+    label, number = _parts(path)
+    return CLASS_NAMES.index(label), number
