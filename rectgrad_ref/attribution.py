@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,8 +151,9 @@ class Attribution:
         destination = Path(path)
         suffix = destination.suffix.lower()
         if suffix == ".npz":
-            with atomic_write(destination) as temporary:
-                np.savez_compressed(temporary, **self._arrays())
+            # To a path that ends in .NPZ, NumPy would append another .npz.
+            with atomic_write(destination) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, **self._arrays())
         elif suffix in (".png", ".pdf", ".svg"):
             from . import picture
 
@@ -166,7 +168,7 @@ class Attribution:
         """Method, conventions and environment as plain data."""
         return {
             "method": self.method.id,
-            "options": {k: _plain(v) for k, v in self.method.options().items()},
+            "options": plain(self.method.options()),
             "target": self.target.tolist(),
             "layout": self.layout,
             "notes": list(self.notes),
@@ -179,7 +181,7 @@ class Attribution:
             "inputs": self.inputs,
             "logits": self.logits,
             "target": self.target,
-            "provenance": np.array(json.dumps(self.provenance())),
+            "provenance": np.array(json.dumps(self.provenance(), allow_nan=False)),
         }
         for name, layer in (self.trace or {}).items():
             for key, value in vars(layer).items():
@@ -188,8 +190,12 @@ class Attribution:
         return arrays
 
 
-def _plain(value: Any) -> Any:
-    """`value` in JSON's types, which have no infinity."""
+def plain(value: Any) -> Any:
+    """`value` in JSON's types; infinity and NaN, which JSON has not, by their names."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
-    return str(value) if value in (np.inf, -np.inf) else value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -36,11 +36,12 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, analysis
-from .attribution import Attribution, Layer
+from .attribution import Attribution, Layer, plain
 from .errors import InvalidImage, OutputError, RectGradError, RectGradWarning, UnsupportedOperator
 from .explainer import Explainer
 from .images import Layout
 from .methods import METHODS, Method, make_method
+from .methods.base import alternatives
 from .rules.declared import Rule
 from .rules.registry import find_vjp
 from .verify.cli import app as verify_app
@@ -210,7 +211,7 @@ def explain(
                         records += _records([image], result)
         else:
             results = job.run(images, targets, keys=range(len(images)))
-            if out.suffix == ".npz":
+            if out.suffix.lower() == ".npz":
                 results[0].save(out)
             else:
                 _draw(results, trace, out)
@@ -334,10 +335,10 @@ def _check_destination(
         stem, count = Counter(image.stem for image in images).most_common(1)[0]
         if count > 1:
             raise OutputError(f"{count} images are called {stem!r}: their files would collide")
-    elif out.suffix == ".npz":
+    elif out.suffix.lower() == ".npz":
         if len(methods) > 1:
             raise OutputError(f"cannot write {out}: an .npz holds one method, not {len(methods)}")
-    elif out.suffix not in _FIGURES:
+    elif out.suffix.lower() not in _FIGURES:
         raise OutputError(
             f"cannot write {out}: choose {', '.join(_FIGURES)}, .npz or a folder without suffix"
         )
@@ -574,7 +575,7 @@ def _methods(names: Sequence[str], preset: str, settings: Sequence[str]) -> list
 def _value(method: Method, name: str, text: str) -> Any:
     """`text` as a value of that field of the method."""
     kind = get_type_hints(type(method))[name]
-    for part in _alternatives(kind):
+    for part in alternatives(kind):
         if part is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if part is NoneType and text.lower() == "none":
@@ -589,17 +590,12 @@ def _value(method: Method, name: str, text: str) -> Any:
     raise ValueError(f"--set {name}={text}: {method.id} takes {_grammar(kind)}")
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union of types."""
-    return (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
-
-
 def _grammar(kind: Any) -> str:
     """How a value of this type is written."""
     words = {bool: "true | false", NoneType: "none", int: "integer", float: "number"}
     return " | ".join(
         " | ".join(get_args(part)) if get_origin(part) is Literal else words[part]
-        for part in _alternatives(kind)
+        for part in alternatives(kind)
         if part is not np.ndarray  # an array cannot be written on a command line
     )
 
@@ -712,7 +708,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -157,6 +157,23 @@ def test_json_is_all_that_stdout_gets() -> None:
     assert isinstance(report["results"][2]["completeness_gap"], float)
 
 
+def test_json_has_neither_infinity_nor_nan() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    result = done("explain", *GIVEN[:2], "-o", "o.png", "--set", "tau=-inf", "--json")
+    report = json.loads(result.stdout, parse_constant=refuse)
+    assert report["results"][0]["options"]["tau"] == "-inf"
+
+
+def test_suffixes_in_capitals() -> None:
+    done("explain", *GIVEN[:2], "-o", "A.PNG")
+    done("explain", *GIVEN[:2], "-o", "A.NPZ")
+    assert files() == sorted([*GIVEN, "A.NPZ", "A.PNG"])
+    with np.load("A.NPZ") as arrays:
+        assert "values" in arrays
+
+
 def test_targets() -> None:
     def targets(*given: str) -> list[int]:
         arguments = [part for t in given for part in ("-t", t)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -14,6 +15,10 @@ from ..plan import Matches, RuleTable
 
 Seed = Literal["one", "logit", "softmax"]
 PaddingTrick = bool | Literal["same"]
+_WORDS = {
+    bool: "True or False", int: "an integer", float: "a number", NoneType: "None",
+    np.ndarray: "an array",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +41,20 @@ class Method:
     output_seed: Seed = "one"
 
     def __post_init__(self) -> None:
-        """Refuse a value that a field's ``Literal`` type does not list."""
+        """Refuse a value that a field's type does not allow."""
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value, listed = getattr(self, field.name), _listed(hints[field.name])
-            if listed and value not in listed:
-                choice = ", ".join(map(repr, listed))
-                raise ValueError(f"{self.id}: {field.name} must be one of {choice}, got {value!r}")
+            value, kinds = getattr(self, field.name), alternatives(hints[field.name])
+            if not any(_is_of(value, kind) for kind in kinds):
+                allowed = " or ".join(map(_described, kinds))
+                raise ValueError(f"{self.id}: {field.name} must be {allowed}, got {value!r}")
+
+    def _require_at_least(self, minimum: int, *names: str) -> None:
+        """Refuse an option below `minimum`, or infinite."""
+        for name in names:
+            value = getattr(self, name)
+            if not minimum <= value < np.inf:
+                raise ValueError(f"{self.id}: {name} must be at least {minimum}, got {value!r}")
 
     @property
     def title(self) -> str:
@@ -95,14 +107,27 @@ class Method:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _listed(kind: Any) -> tuple[Any, ...]:
-    """The values that a ``Literal``, or a union of one with bool, allows."""
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of an option's type, if it is a union; else the type alone."""
+    return (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is not Literal:
+        return _WORDS[kind]
+    values = get_args(kind)
+    return f"{'one of ' * (len(values) > 1)}{', '.join(map(repr, values))}"
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether `value` is of one of the `alternatives`; NaN is no number, and True no integer."""
     if get_origin(kind) is Literal:
-        return get_args(kind)
-    parts = get_args(kind)
-    if bool in parts:
-        return (True, False, *(v for part in parts if part is not bool for v in get_args(part)))
-    return ()
+        return isinstance(value, str) and value in get_args(kind)
+    if isinstance(value, (bool, np.bool_)):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float, np.integer, np.floating)) and not np.isnan(value)
+    return isinstance(value, (int, np.integer) if kind is int else kind)
 
 
 def times_input(x: np.ndarray, R: np.ndarray, final_threshold: bool) -> np.ndarray:

@@ -36,6 +36,10 @@ class DeepLift(Method):
     baseline: float | np.ndarray = field(default=0.0, compare=False)
     maxpool: Literal["gradient", "rescale"] = "gradient"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(0, "eps")
+
     def rules(self, graph: Graph) -> RuleTable:
         activations = (named(analysis.activations(graph)), Rescale(self.eps))
         if self.maxpool == "gradient":

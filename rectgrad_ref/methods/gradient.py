@@ -73,6 +73,10 @@ class Random(Method):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(0, "seed")
+
     @property
     def passes(self) -> int:
         return 0

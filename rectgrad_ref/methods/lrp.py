@@ -21,13 +21,18 @@ class EpsilonLRP(Method):
     Attributes
     ----------
     eps : float
-        ε.
+        ε, above 0.
     """
 
     id: ClassVar[str] = "epsilon_lrp"
     label: ClassVar[str] = "ε-LRP"
 
     eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.eps < np.inf:
+            raise ValueError(f"epsilon_lrp: eps must be above 0, got {self.eps!r}")
 
     def rules(self, graph: Graph) -> RuleTable:
         return ((named(analysis.activations(graph)), EpsilonRatio(self.eps)),)

@@ -40,8 +40,8 @@ class SmoothGrad(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n < 1:
-            raise ValueError(f"smoothgrad: n must be at least 1, got {self.n}")
+        self._require_at_least(1, "n")
+        self._require_at_least(0, "sigma", "seed")
 
     @property
     def passes(self) -> int:
@@ -86,8 +86,7 @@ class IntegratedGradients(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"integrated_gradients: steps must be at least 1, got {self.steps}")
+        self._require_at_least(1, "steps")
 
     @property
     def passes(self) -> int:
@@ -125,9 +124,11 @@ def baseline_like(x: np.ndarray, baseline: float | np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        It does not broadcast to the input's shape.
+        It does not broadcast to the input's shape, or has NaN or infinity in it.
     """
     array = np.asarray(baseline, x.dtype)
+    if not np.isfinite(array).all():
+        raise ValueError(f"the baseline has NaN or infinity (as {x.dtype})")
     try:
         return np.ascontiguousarray(np.broadcast_to(array, x.shape))
     except ValueError:

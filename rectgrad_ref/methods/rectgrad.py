@@ -95,8 +95,7 @@ class RectGrad(Method):
         super().__post_init__()
         if not 0 <= self.q <= 100:
             raise ValueError(f"rectgrad: q must lie between 0 and 100, got {self.q!r}")
-        if self.tau is not None and np.isnan(self.tau):
-            raise ValueError("rectgrad: tau must be a number, got nan")
+        self._require_at_least(0, "eps")
 
     @property
     def title(self) -> str:

@@ -135,6 +135,13 @@ def test_a_baseline_for_each_sample_survives_chunking() -> None:
     assert close(np.concatenate(alone), whole, 1e-12)
 
 
+@pytest.mark.parametrize("method", ["deeplift", "integrated_gradients"])
+def test_a_baseline_that_is_not_finite(method: str) -> None:
+    net = nets.plain(Weights(0))
+    with pytest.raises(ValueError, match="baseline has NaN or infinity"):
+        explained(net, np.ones((1, *net.shape), np.float32), method, baseline=np.full(1, np.inf))
+
+
 def test_a_baseline_that_does_not_fit() -> None:
     net = nets.plain(Weights(0))
     with pytest.raises(ValueError, match=r"baseline of shape \(5,\) does not broadcast"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import pytest
 
 import rectgrad_ref
@@ -59,6 +63,46 @@ def test_unknown_names() -> None:
         make_method("gradcam")
     with pytest.raises(ValueError, match="preset must be one of default, paper, authors"):
         make_method("rectgrad", "code")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "allowed"),
+    [
+        ("rectgrad", "q", math.nan, "a number"),
+        ("rectgrad", "q", "98", "a number"),
+        ("rectgrad", "q", True, "a number"),
+        ("rectgrad", "tau", math.nan, "a number or None"),
+        ("rectgrad", "tau", "0", "a number or None"),
+        ("rectgrad", "prr", "no", "True or False"),
+        ("rectgrad", "prr", None, "True or False"),
+        ("rectgrad", "padding_trick", "SAME", "True or False or 'same'"),
+        ("rectgrad", "scope", ["sample"], "one of 'sample', 'channel', 'batch'"),
+        ("rectgrad", "eps", -1e-6, "at least 0"),
+        ("smoothgrad", "n", 2.5, "an integer"),
+        ("smoothgrad", "n", 0, "at least 1"),
+        ("smoothgrad", "sigma", -0.1, "at least 0"),
+        ("smoothgrad", "sigma", math.inf, "at least 0"),
+        ("smoothgrad", "seed", -1, "at least 0"),
+        ("integrated_gradients", "steps", 0, "at least 1"),
+        ("integrated_gradients", "baseline", "black", "a number or an array"),
+        ("deeplift", "baseline", math.nan, "a number or an array"),
+        ("deeplift", "eps", math.inf, "at least 0"),
+        ("epsilon_lrp", "eps", 0.0, "above 0"),
+        ("epsilon_lrp", "eps", math.inf, "above 0"),
+        ("random", "seed", -1, "at least 0"),
+    ],
+)
+def test_values_that_an_option_does_not_have(
+    name: str, option: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        make_method(name, **{option: value})
+    assert str(error.value) == f"{name}: {option} must be {allowed}, got {value!r}"
+
+
+def test_numbers_may_be_numpys() -> None:
+    given = RectGrad(q=np.float32(90), prr=np.bool_(True), tau=np.int64(0))
+    assert given == RectGrad(q=90, prr=True, tau=0)
 
 
 def test_an_object_takes_neither_preset_nor_options() -> None:
