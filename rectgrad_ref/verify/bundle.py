@@ -204,6 +204,8 @@ def make(
             "logits": graph.logits,
             "shape": list(result.values.shape),
             **result.provenance(),
+            # Bundles travel; where the file lay on this machine does not.
+            "model": explainer.model.path.name if explainer.model.path else explainer.model.name,
             "layers": _descriptions(result, layers, graph),
         },
         model=_file(explainer.model),
@@ -232,9 +234,10 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     file = Path(path)
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InvalidBundle(f"{file} is a single array; an .npz file is needed")
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise InvalidBundle(f"{file} is a single array; an .npz file is needed")
+        with archive:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError:
         raise InvalidBundle(f"cannot read {file}: there is no such file") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -256,7 +256,6 @@ def map_row(
     bundle: Bundle,
     tolerance: float,
     moves: float = 0.0,
-    notes: Sequence[str] = (),
 ) -> MapRow:
     """The verdict on the final map.
 
@@ -274,7 +273,7 @@ def map_row(
     expected = summed_like(expected, found)
     theirs = found.astype(np.float64)
     scale = fitted_scale(theirs, expected)
-    scaled = expected * scale.reshape(-1, *(1,) * (expected.ndim - 1))
+    scaled = expected * per_sample(scale, expected)
     distance, plain = relative_distance(theirs, scaled), relative_distance(theirs, expected)
     border = None
     if _within(theirs, expected, tolerance):
@@ -284,7 +283,7 @@ def map_row(
     elif distance <= 2 * moves:
         verdict = "threshold ties"
     else:
-        verdict, border = "different", _border(theirs, scaled, tolerance, bundle)
+        verdict, border = "different", _border(theirs, expected, tolerance, bundle)
     return MapRow(
         verdict=verdict,
         distance=distance,
@@ -292,7 +291,7 @@ def map_row(
         scale=scale,
         border=border,
         moves=moves,
-        notes=(*_scale_notes(scale, verdict, tolerance), *notes),
+        notes=_scale_notes(scale[_peak(expected).ravel() > 0], len(scale), verdict, tolerance),
         expected=expected,
         found=theirs,
     )
@@ -313,6 +312,11 @@ def fitted_scale(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     product = (rows * found.reshape(rows.shape)).sum(axis=1)
     usable = (square > 0) & (product != 0)
     return np.where(usable, product / np.where(usable, square, 1), 1.0)
+
+
+def per_sample(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One factor a sample, to be multiplied with `values`."""
+    return factors.reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def relative_distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -471,18 +475,24 @@ def _border(
         inner = tuple(
             slice(cells, -cells) if axis in axes else slice(None) for axis in range(found.ndim)
         )
-        if _peak(expected[inner]).all() and _within(found[inner], expected[inner], tolerance):
+        part, ours = found[inner], expected[inner]
+        ours = ours * per_sample(fitted_scale(part, ours), ours)
+        if ours.any() and _within(part, ours, tolerance):
             return cells
     return None
 
 
-def _scale_notes(scale: np.ndarray, verdict: Verdict, tolerance: float) -> list[str]:
+def _scale_notes(
+    scale: np.ndarray, samples: int, verdict: Verdict, tolerance: float
+) -> tuple[str, ...]:
+    """What the factors of the samples whose maps are not zero are."""
     notes = []
     if (scale < 0).any():
         notes.append("the sign is reversed")
-    if verdict != "different" and np.abs(np.abs(scale) - 1).max() > max(tolerance, 1e-5):
+    size = np.abs(scale)
+    if verdict != "different" and np.abs(size - 1).max(initial=0) > max(tolerance, 1e-5):
         factors = ", ".join(f"{s:.6g}" for s in scale)
         notes.append(f"theirs is the reference times {factors}")
-        if np.allclose(np.abs(scale) * len(scale), 1, rtol=1e-5):
+        if np.allclose(size * samples, 1, rtol=1e-5):
             notes.append("the factor is 1/N: the mean over the batch was differentiated")
-    return notes
+    return tuple(notes)

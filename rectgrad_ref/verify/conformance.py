@@ -221,7 +221,7 @@ def cifar10_cnn() -> Bundle:
         network_path(), cat(), backend="reference", dtype="float32", layers=("relu4", "relu5")
     )
     about = "the defaults on the CIFAR-10 network, two layers and the final map"
-    provenance = {**bundle.provenance, "about": about, "model": network_path().name}
+    provenance = {**bundle.provenance, "about": about}
     return replace(bundle, provenance=provenance, name="cifar10_cnn.npz")
 
 

@@ -23,6 +23,7 @@ from .compare import (
     Comparison,
     fitted_scale,
     given_of,
+    per_sample,
     relative_distance,
     row_of,
     sensitivity,
@@ -91,7 +92,7 @@ class Finish:
         values = x * R if self.times_input else R
         if self.post == "percentile":
             tau = percentile(values.reshape(len(x), -1), method.q, method.percentile)
-            values = np.where(values > tau.reshape(-1, *(1,) * (x.ndim - 1)), values, 0)
+            values = np.where(values > per_sample(tau, x), values, 0)
         if self.final_threshold:
             values = np.where(values > 0, values, 0)
         if self.post == "abs":
@@ -396,8 +397,8 @@ class _Search:
         if finish.post == "min-max":
             expected = _min_max(expected)
             return relative_distance(found, expected)
-        shape = (-1, *(1,) * (found.ndim - 1))
-        return relative_distance(found, expected * fitted_scale(found, expected).reshape(shape))
+        scale = per_sample(fitted_scale(found, expected), expected)
+        return relative_distance(found, expected * scale)
 
     def _walk(self, conventions: Conventions) -> Walk | None:
         if conventions not in self.walks:
@@ -532,8 +533,12 @@ _RULES = {
 def _thresholds(method: RectGrad, engine: Engine) -> Iterator[Deviation]:
     for scope, sentence in _SCOPES.items():
         mixes = scope == "batch" and (len(engine.x) == 1 or not engine.samplewise)
-        if scope != method.scope and not mixes:
-            yield Deviation(f"scope={scope}", sentence, (("scope", scope),))
+        if scope == method.scope or mixes:
+            continue
+        changes: tuple[tuple[str, Any], ...] = (("scope", scope),)
+        if scope == "channel":  # which a dense layer cannot have
+            changes = (("scope", "sample"), ("channelwise", True))
+        yield Deviation(f"scope={scope}", sentence, changes)
     for convention, sentence in _PERCENTILES.items():
         if convention != method.percentile:
             yield Deviation(f"percentile={convention}", sentence, (("percentile", convention),))
@@ -612,6 +617,11 @@ def _seeds(method: RectGrad, engine: Engine) -> Iterator[Deviation]:
     for seed, sentence in seeds.items():
         if seed != method.output_seed:
             yield Deviation(f"output_seed={seed}", sentence, (("output_seed", seed),))
+    yield Deviation(
+        "seed of the mean",
+        "the mean over the batch was differentiated: everything is 1/N of the reference",
+        (("seed", "mean"),),
+    )
     yield Deviation(
         "seed at every class",
         "the sum of all logits was differentiated, not the target's",

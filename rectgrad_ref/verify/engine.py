@@ -25,12 +25,12 @@ from ..graph import Graph, Node, freeze, input_spec
 from ..methods import Method, RectGrad
 from ..methods.base import named
 from ..model import Model
-from ..plan import Plan, RuleTable, Step, make_plan
+from ..plan import Matches, Plan, RuleTable, Step, make_plan
 from ..reference import NOTHING, constants_as
 from ..rules.declared import Call, EpsilonRatio, Gradient, Rectify, Rule
 
 Kind = Literal["R_out", "R_in", "gradient"]
-SeedKind = Literal["method", "every class"]
+SeedKind = Literal["method", "every class", "mean"]
 _SHORT_REDUCTION = 1024
 _ROUNDING = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
 
@@ -93,8 +93,11 @@ class Conventions:
         Value names of activations that are passed by ordinary backpropagation.
     scores_z : bool
         Scores are z·R instead of a·R.
+    channelwise : bool
+        The percentile is taken over each channel, but at dense layers over the whole layer.
     seed : str
-        ``"method"``, or 1 at the logit of ``"every class"``.
+        ``"method"``; 1 at the logit of ``"every class"``; ``"mean"``, the method's over the number
+        of samples.
     swapped : bool
         The network sees the colour channels in reverse order.
     """
@@ -102,19 +105,21 @@ class Conventions:
     method: Method
     missing: frozenset[str] = frozenset()
     scores_z: bool = False
+    channelwise: bool = False
     seed: SeedKind = "method"
     swapped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deviating(RectGrad):
-    """RectGrad with layers left out, or scores z·R: see `Conventions`."""
+    """RectGrad with what `Conventions` says of its layers."""
 
     missing: frozenset[str] = frozenset()
     scores_z: bool = False
+    channelwise: bool = False
 
     def rules(self, graph: Graph) -> RuleTable:
-        return table_of(super().rules(graph), graph, self.missing, self.scores_z)
+        return table_of(super().rules(graph), graph, self)
 
 
 @dataclass(frozen=True)
@@ -248,8 +253,7 @@ class Engine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rules = conventions.method.rules(self.graph)
-            table = table_of(rules, self.graph, conventions.missing, conventions.scores_z)
-            plan = make_plan(self.graph, table)
+            plan = make_plan(self.graph, table_of(rules, self.graph, conventions))
         parts = [
             _Pass(self, plan, conventions, i, part, _sliced(flip, rows), wants_near)()
             for i, (rows, part) in enumerate(zip(self.groups, self._parts(given), strict=True))
@@ -273,6 +277,7 @@ class Engine:
             **vars(replace(method, times_input=False, final_threshold=False)),
             missing=conventions.missing,
             scores_z=conventions.scores_z,
+            channelwise=conventions.channelwise,
         )
         x = np.ascontiguousarray(self.input_of(conventions))
         with warnings.catch_warnings():
@@ -362,12 +367,14 @@ class _Pass:
         graph, rows = self.plan.graph, self.engine.groups[group]
         logits = self.values[graph.logits]
         scores = logits.reshape(len(self.engine.target[rows]), -1)
-        kind = conventions.method.output_seed
-        seed = seed_at(scores, self.engine.target[rows], kind)
+        target, kind = self.engine.target[rows], conventions.method.output_seed
+        seed = seed_at(scores, target, kind)
         if conventions.seed == "every class":
             seed = np.ones_like(scores)
+        if conventions.seed == "mean":
+            seed = seed / len(self.engine.x)
         self.R[graph.logits] = seed.reshape(logits.shape)
-        self.tolerance[graph.logits] = 0.0 if kind == "one" else 8 * self.unit
+        self.tolerance[graph.logits] = seed_tolerance(scores, target, kind, self.unit)
 
     def _take(self, name: str, output: int, step: Step) -> np.ndarray:
         if name not in self.R:
@@ -546,16 +553,41 @@ def seed_at(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
     return np.asarray(seed)
 
 
-def table_of(rules: RuleTable, graph: Graph, missing: frozenset[str], scores_z: bool) -> RuleTable:
+def seed_tolerance(scores: np.ndarray, target: np.ndarray, kind: str, unit: float) -> float:
+    """How far a seed may be off, relative to its largest value.
+
+    Logits are sums, here taken to be off by 16 units in the last place of the largest; and where p
+    is nearly 1, p·(1 − p) is left with few digits. Beyond 1 % nothing is put down to rounding.
+    """
+    if kind == "one":
+        return 0.0
+    chosen = scores[np.arange(len(scores)), target]
+    largest = np.abs(scores).max(axis=1, initial=1)
+    if kind == "logit":
+        relative = largest / np.maximum(np.abs(chosen), np.finfo(float).tiny)
+    else:
+        others = np.exp(scores - chosen[:, None]).sum(axis=1) - 1
+        relative = largest + (1 + others) / np.maximum(others, np.finfo(float).tiny)
+    return float(np.minimum(16 * unit * relative, 0.01).max(initial=0))
+
+
+def table_of(rules: RuleTable, graph: Graph, deviating: Conventions | Deviating) -> RuleTable:
     """`rules` with these deviations."""
-    table = list(rules)
-    if scores_z:
-        table = [
-            (matches, RectifyByInput(rule) if isinstance(rule, Rectify) else rule)
-            for matches, rule in table
-        ]
-    absent = {node.name for node in graph.nodes if node.outputs[0] in missing}
-    return [(named(absent), Gradient()), *table]
+    maps = {node.name for node in graph.nodes if len(node.output_shapes[0]) > 2}
+    absent = {node.name for node in graph.nodes if node.outputs[0] in deviating.missing}
+    table: list[tuple[Matches, Rule]] = [(named(absent), Gradient())]
+    for matches, rule in rules:
+        if isinstance(rule, Rectify) and deviating.scores_z:
+            table.append((matches, RectifyByInput(rule)))
+            continue
+        if isinstance(rule, Rectify) and deviating.channelwise:
+            table.append((_both(matches, named(maps)), replace(rule, scope="channel")))
+        table.append((matches, rule))
+    return table
+
+
+def _both(one: Matches, other: Matches) -> Matches:
+    return lambda node: one(node) and other(node)
 
 
 def _rows(given: Given, rows: slice) -> Given:

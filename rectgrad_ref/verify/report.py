@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compare import Comparison, MapRow, Row
+from .compare import Comparison, MapRow, Row, per_sample
 from .diagnose import Diagnosis
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _pictures(comparison: Comparison) -> str:
     """Reference, theirs and their difference, for the first images."""
     row = comparison.map
     assert row is not None
-    scale = row.scale.reshape(-1, *(1,) * (row.expected.ndim - 1))
+    scale = per_sample(row.scale, row.expected)
     maps = [_flat(v, comparison) for v in (row.expected * scale, row.found)]
     if maps[0].ndim != 3:
         return ""
