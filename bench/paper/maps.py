@@ -63,8 +63,9 @@ def heatmaps(
     keys: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Every method's map of every image, summed over colours: (N, H, W)."""
+    ids = None if keys is None else [int(key) for key in keys]
     return {
-        name: np.asarray(explainer.explain(x, method=method, target=target, keys=keys).heatmap())
+        name: explainer.explain(x, method=method, target=target, keys=ids).heatmap()
         for name, method in methods.items()
     }
 
@@ -115,3 +116,20 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def nonzero(heatmap: np.ndarray) -> np.ndarray:
     """Fraction of the pixels of each map that are not zero: shape (N,)."""
     return np.asarray((heatmap != 0).mean(axis=(1, 2)))
+
+
+def resized_background(background: np.ndarray, side: int) -> np.ndarray:
+    """The backgrounds (N, H, W) at `side` × `side` cells, by cubic interpolation."""
+    from PIL import Image
+
+    if background.shape[-1] == side:
+        return background
+    resized = [
+        np.asarray(
+            Image.fromarray(np.where(b, 0, 255).astype(np.uint8)).resize(
+                (side, side), Image.Resampling.BICUBIC
+            )
+        )
+        for b in background
+    ]
+    return np.stack(resized) < 200

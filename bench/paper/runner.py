@@ -92,7 +92,12 @@ def run(
         The JSON file.
     """
     inputs = experiment.inputs(sources)
-    identity = {"settings": asdict(experiment), "seed": sources.seed, "inputs": inputs}
+    identity = {
+        "settings": asdict(experiment),
+        "seed": sources.seed,
+        "backend": sources.backend,
+        "inputs": inputs,
+    }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{experiment.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,9 +142,9 @@ def batches(count: int, size: int) -> dict[str, slice]:
     }
 
 
-def stacked(found: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-    """The arrays of units that share their names, joined along axis 0."""
-    parts = [found[key] for key in sorted(found)]
+def stacked(found: Mapping[str, Arrays], prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays of all units whose names begin so, joined along axis 0."""
+    parts = [found[key] for key in sorted(found) if key.startswith(prefix)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -160,12 +165,15 @@ def _compute(unit: Unit, path: Path, commit: str | None) -> None:
     arrays = {f"result/{name}": array for name, array in unit().items()}
     seconds = np.float64(time.perf_counter() - start)
     with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, seconds=seconds, commit=np.array(str(commit)), **arrays)
+        np.savez_compressed(
+            temporary, allow_pickle=False, seconds=seconds, commit=np.array(str(commit)), **arrays
+        )
 
 
 def _collect(folder: Path, keys: list[str]) -> tuple[dict[str, Arrays], list[str], float]:
     """The results of all units, the commits at which they were computed, the time they took."""
-    found, commits, seconds = {}, set(), 0.0
+    found: dict[str, Arrays] = {}
+    commits, seconds = set(), 0.0
     for key in keys:
         with np.load(folder / f"{key}.npz") as file:
             found[key] = {

@@ -27,7 +27,7 @@ _SAME_PICTURE = 8.0
 class Masked(NamedTuple):
     """Training images with the paper's masks."""
 
-    index: np.ndarray
+    keys: np.ndarray
     """(N,), positions in the CIFAR-10 training set."""
     images: np.ndarray
     """(N, 3, 32, 32) uint8."""
@@ -37,7 +37,7 @@ class Masked(NamedTuple):
     """(N, 32, 32) bool: the mask is below 200."""
 
     def pick(self, rows: np.ndarray | slice) -> Masked:
-        return Masked(*(array[rows] for array in self))
+        return Masked(self.keys[rows], self.images[rows], self.labels[rows], self.background[rows])
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class Sources:
                 found.setdefault(index, np.asarray(Image.open(path).convert("L")) < 200)
         if not found:
             raise InvalidImage(f"{self.masks} has no files named like cat_1.jpg and cat_1_mask.jpg")
-        index = np.array(list(found))
-        images, labels = self.train.images[index], self.train.labels[index]
-        return Masked(index, images, labels, np.stack(list(found.values())))
+        keys = np.array(list(found))
+        images, labels = self.train.images[keys], self.train.labels[keys]
+        return Masked(keys, images, labels, np.stack(list(found.values())))
 
     def correctly_classified(self, each: int) -> Masked:
         """The first masked images of each class that the committed network classifies rightly."""

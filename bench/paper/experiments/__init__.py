@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..runner import Experiment
+from .feature_map_occlusion import FeatureMapOcclusion
 from .noise_level import NoiseLevel
 from .training_occlusion import TrainingOcclusion
 
@@ -10,6 +11,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     cls.name: cls
     for cls in (
         TrainingOcclusion,
+        FeatureMapOcclusion,
         NoiseLevel,
     )
 }

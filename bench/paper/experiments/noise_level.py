@@ -83,7 +83,7 @@ class NoiseLevel(Experiment):
         chosen = sources.correctly_classified(self.masked)
         return {
             "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.index, chosen.background),
+            "masked images": checksum(chosen.keys, chosen.background),
             "test": checksum(sources.test.images[: self.images]),
             "train": checksum(sources.train.images[: self.images]),
         }
@@ -94,7 +94,7 @@ class NoiseLevel(Experiment):
 
         def on_background(rows: slice) -> Arrays:
             part = chosen.pick(rows)
-            maps = heatmaps(explainer, normalized(part.images), methods, keys=part.index)
+            maps = heatmaps(explainer, normalized(part.images), methods, keys=part.keys)
             return {
                 name: background_attribution(heatmap, part.background)
                 for name, heatmap in measured(maps).items()
@@ -107,7 +107,7 @@ class NoiseLevel(Experiment):
 
         units: dict[str, Unit] = {
             f"background-{key}": partial(on_background, rows)
-            for key, rows in batches(len(chosen.index), self.batch).items()
+            for key, rows in batches(len(chosen.keys), self.batch).items()
         }
         for split, data in (("test", sources.test), ("train", sources.train)):
             for key, rows in batches(min(self.images, len(data.labels)), self.batch).items():
@@ -149,10 +149,7 @@ class NoiseLevel(Experiment):
 
 
 def _by_part(found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-    return {
-        part: stacked({key: unit for key, unit in found.items() if key.startswith(f"{part}-")})
-        for part in _PARTS
-    }
+    return {part: stacked(found, f"{part}-") for part in _PARTS}
 
 
 def _table(values: Mapping[str, np.ndarray], part: str, title: str) -> Table:

@@ -1,0 +1,239 @@
+"""Feature-map occlusion (figure 3): activations on the object matter more than around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+
+from rectgrad_ref.errors import BackendUnavailable
+from rectgrad_ref.onnx_models.cifar10_cnn import network_path
+
+from .. import plots
+from ..evidence import Claim, Comparison, Conclusion, Table, compare, number, p_value
+from ..maps import resized_background
+from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..sources import Masked, Sources, checksum, normalized
+
+LAYERS = ("relu1", "relu2", "relu3", "relu4")
+_SIDES = ("background", "object")
+_BATCH = 500  # maps a forward pass
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMapOcclusion(Experiment):
+    """How the margin of the right class falls as activations of one layer are set to zero.
+
+    Attributes
+    ----------
+    masked
+        Images with a mask, of each class.
+    steps
+        Fractions of the activations that are occluded, evenly spaced from 0 to 1.
+    trials
+        Random orders.
+    """
+
+    name: ClassVar[str] = "feature_map_occlusion"
+    title: ClassVar[str] = "Feature-map occlusion"
+    figures: ClassVar[str] = "figure 3"
+    paper: ClassVar[str] = (
+        "Occluding activations on the object lowers (class logit) − (largest other logit) far more "
+        "than occluding as large a fraction of those on the background, at every one of the four "
+        "convolutions."
+    )
+    quick: ClassVar[Mapping[str, Any]] = {"masked": 3, "steps": 6, "trials": 3}
+
+    masked: int = 10
+    steps: int = 101
+    trials: int = 50
+
+    def inputs(self, sources: Sources) -> dict[str, str]:
+        chosen = sources.correctly_classified(self.masked)
+        return {
+            "network": sources.network().model.sha256,
+            "masked images": checksum(chosen.keys, chosen.background),
+        }
+
+    def units(self, sources: Sources) -> Mapping[str, Unit]:
+        chosen = sources.correctly_classified(self.masked)
+        return {
+            f"{layer}-{key}": partial(self._occlude, sources.seed, layer, chosen.pick(rows))
+            for layer in LAYERS
+            for key, rows in batches(len(chosen.keys), 5).items()
+        }
+
+    def _occlude(self, seed: int, layer: str, images: Masked) -> Arrays:
+        """Margins (n, steps), the logits averaged over trials before and after."""
+        before, after = _split(layer)
+        maps = before(normalized(images.images))
+        backgrounds = resized_background(images.background, maps.shape[-1])
+        results: dict[str, list[np.ndarray]] = {}
+        for key, a, label, background in zip(
+            images.keys, maps, images.labels, backgrounds, strict=True
+        ):
+            for side, where in zip(_SIDES, (background, ~background), strict=True):
+                rng = np.random.default_rng([seed, int(key), LAYERS.index(layer), len(side)])
+                logits = self._logits(a, where, after, rng)
+                first = _margin(logits.mean(axis=0), label)
+                last = _margin(logits, label).mean(axis=0)
+                results.setdefault(f"{side}, logits averaged", []).append(first)
+                results.setdefault(f"{side}, margins averaged", []).append(last)
+        area = 1 - backgrounds.mean(axis=(1, 2))
+        return {name: np.stack(curves) for name, curves in results.items()} | {"area": area}
+
+    def _logits(
+        self, a: np.ndarray, where: np.ndarray, after: Run, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Logits (trials, steps, 10), more and more of `a` (C, H, W) being zero where told."""
+        units = np.flatnonzero(np.broadcast_to(where, a.shape))
+        counts = np.rint(np.linspace(0, 1, self.steps) * len(units)).astype(int)
+        versions = np.tile(a.ravel(), (self.trials * self.steps, 1))
+        for trial in range(self.trials):
+            order = rng.permutation(units)
+            for step, count in enumerate(counts):
+                versions[trial * self.steps + step, order[:count]] = 0
+        parts = [
+            after(versions[i : i + _BATCH].reshape(-1, *a.shape))
+            for i in range(0, len(versions), _BATCH)
+        ]
+        return np.concatenate(parts).reshape(self.trials, self.steps, -1)
+
+    def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
+        layers = _by_layer(found)
+        claims, rows = [], []
+        numbers: dict[str, Any] = {"fractions": np.linspace(0, 1, self.steps).tolist()}
+        for layer, values in layers.items():
+            drops = {
+                f"{side}, {kind} averaged": _mean_drop(values[f"{side}, {kind} averaged"])
+                for side in _SIDES
+                for kind in ("logits", "margins")
+            }
+            pairs = {kind: _drops_compared(drops, kind) for kind in ("logits", "margins")}
+            numbers[layer] = {
+                "drop": {name: float(drop.mean()) for name, drop in drops.items()},
+                "curves": {k: v.mean(axis=0).tolist() for k, v in values.items() if k != "area"},
+                "object's area": float(values["area"].mean()),
+            }
+            pair = pairs["logits"]
+            claims.append(
+                Claim(
+                    f"{layer}: occluding the object lowers the margin more",
+                    all(p.higher for p in pairs.values()),
+                    f"mean drop {number(drops['object, logits averaged'].mean())} against "
+                    f"{number(drops['background, logits averaged'].mean())}, larger on "
+                    f"{1 - pair.wins:.0%} of the images, {p_value(pair.p)}",
+                )
+            )
+            rows.append(_row(layer, values, drops))
+        count = len(layers[LAYERS[0]]["area"])
+        return Conclusion(
+            scale=(
+                f"{count} images (the paper: 100), {self.steps} fractions (about 100), "
+                f"{self.trials} random orders (50); one network (seed 0)."
+            ),
+            numbers=numbers,
+            tables=[
+                Table(
+                    ["layer", "object's area", "object", "background", "object", "background"],
+                    rows,
+                    "Drop of the margin, averaged over all fractions and images: with the logits "
+                    "averaged over the random orders first (the authors' code; two columns), and "
+                    "with the margins averaged (the paper's text; two columns).",
+                )
+            ],
+            claims=claims,
+            remarks=[
+                "Single activations (channel, row, column) are occluded, and a fraction is one of "
+                "those on that side, so where the object is larger, more of the map is occluded "
+                "on its side."
+            ],
+        )
+
+    def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
+        figure, axes = plots.figure(4, width=2.2, height=2.3)
+        x = np.linspace(0, 100, self.steps)
+        for ax, (layer, values) in zip(axes, _by_layer(found).items(), strict=True):
+            samples = {side: values[f"{side}, logits averaged"] for side in ("object", _SIDES[0])}
+            plots.curves(
+                ax,
+                x,
+                {side: sample.mean(axis=0) for side, sample in samples.items()},
+                spread={side: _standard_error(sample) for side, sample in samples.items()},
+                xlabel="occluded, %",
+                ylabel="class logit − largest other" if ax is axes[0] else "",
+                title=layer,
+                legend=ax is axes[0],
+            )
+            ax.set_ylim(*_range(found))
+        return [plots.save(figure, folder, self.name)]
+
+
+def _split(layer: str) -> tuple[Run, Run]:
+    """The committed network up to a layer, and from there on."""
+    try:
+        import onnxruntime
+    except ImportError as missing:
+        raise BackendUnavailable(
+            "this experiment needs onnxruntime: pip install 'rectgrad-ref[cpu]'"
+        ) from missing
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(network_path()))
+    extract = onnx.utils.Extractor(inferred).extract_model
+
+    def runner(input: str, output: str) -> Run:
+        content = extract([input], [output]).SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        return lambda x: np.asarray(session.run([output], {input: x})[0])
+
+    return runner("image", layer), runner(layer, "logits")
+
+
+def _margin(logits: np.ndarray, label: int) -> np.ndarray:
+    """Class logit − largest other logit, over the last axis."""
+    others = np.delete(logits, label, axis=-1)
+    return np.asarray(logits[..., label] - others.max(axis=-1))
+
+
+def _mean_drop(curves: np.ndarray) -> np.ndarray:
+    """How far each image's curve (n, steps) lies below its start, on average."""
+    return np.asarray((curves[:, :1] - curves).mean(axis=1))
+
+
+def _drops_compared(drops: Mapping[str, np.ndarray], kind: str) -> Comparison:
+    inside, outside = (drops[f"{side}, {kind} averaged"] for side in ("object", "background"))
+    return compare(inside, {"background": outside})["background"]
+
+
+def _row(layer: str, values: Arrays, drops: Mapping[str, np.ndarray]) -> list[str]:
+    means = [
+        number(drops[f"{side}, {kind} averaged"].mean())
+        for kind in ("logits", "margins")
+        for side in ("object", "background")
+    ]
+    return [layer, f"{values['area'].mean():.0%}", *means]
+
+
+def _by_layer(found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
+    return {layer: stacked(found, f"{layer}-") for layer in LAYERS}
+
+
+def _standard_error(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, error = sample.mean(axis=0), sample.std(axis=0, ddof=1) / np.sqrt(len(sample))
+    return mean - error, mean + error
+
+
+def _range(found: Mapping[str, Arrays]) -> tuple[float, float]:
+    """One scale for all layers."""
+    means = [
+        values[f"{side}, logits averaged"].mean(axis=0)
+        for values in _by_layer(found).values()
+        for side in _SIDES
+    ]
+    return min(m.min() for m in means) - 1, max(m.max() for m in means) + 1
