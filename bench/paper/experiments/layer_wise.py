@@ -1,0 +1,183 @@
+"""Layer-wise propagation (figures 6 and 14): where noise comes in on the way to the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rectgrad_ref import picture
+from rectgrad_ref.explainer import Explainer
+from rectgrad_ref.methods import Method, RectGrad, Saliency
+
+from .. import plots
+from ..evidence import Claim, Conclusion, Table, compare, p_value
+from ..maps import RECTGRAD, object_share, resized_background
+from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..sources import Masked, Sources, checksum, normalized
+
+LAYERS = ("relu4", "relu3", "relu2", "relu1")
+"""From the logits to the input."""
+_METHODS: dict[str, Method] = {"Saliency": Saliency(), RECTGRAD: RectGrad(final_threshold=False)}
+_KINDS = ("R", "a·R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWise(Experiment):
+    """The fraction of the attribution that is on the background, layer by layer.
+
+    Attributes
+    ----------
+    masked
+        Images with a mask, of each class.
+    photos
+        The first of the photographs, for pictures.
+    """
+
+    name: ClassVar[str] = "layer_wise"
+    title: ClassVar[str] = "Layer-wise propagation"
+    figures: ClassVar[str] = "figures 6 and 14"
+    paper: ClassVar[str] = (
+        "Noise accumulates in saliency maps on the way to the input, so that irrelevant regions "
+        "get attribution; RectGrad stops it at every layer."
+    )
+    quick: ClassVar[Mapping[str, Any]] = {"photos": 2}
+
+    masked: int = 10
+    photos: int = 6
+
+    def inputs(self, sources: Sources) -> dict[str, str]:
+        chosen = sources.correctly_classified(self.masked)
+        return {
+            "network": sources.network().model.sha256,
+            "masked images": checksum(chosen.keys, chosen.background),
+        }
+
+    def units(self, sources: Sources) -> Mapping[str, Unit]:
+        explainer = sources.network()
+        chosen = sources.correctly_classified(self.masked)
+        return {
+            key: partial(_background_shares, explainer, chosen.pick(rows))
+            for key, rows in batches(len(chosen.keys), 50).items()
+        }
+
+    def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
+        shares = dict(stacked(found))
+        area = shares.pop("area")
+        claims, rows = [], []
+        for method in _METHODS:
+            for kind in _KINDS:
+                values = [shares[f"{method}, {kind}, {layer}"] for layer in (*LAYERS, "input")]
+                rows.append([method, kind, *(f"{np.median(v):.1%}" for v in values)])
+        for kind in _KINDS:
+            claims += [_accumulates(shares, kind), _stays(shares, kind), _lower(shares, kind)]
+        numbers = {name: float(np.median(v)) for name, v in shares.items()}
+        note = (
+            "Fraction of Σ|mean over channels| that is on the background, median over images; the "
+            f"background takes {area.mean():.0%} of the pixels. R: the gradient that arrives at "
+            "the layer; a·R: times its activation (x at the input); no final threshold."
+        )
+        return Conclusion(
+            scale=(
+                f"{len(area)} CIFAR-10 images with masks, one network (seed 0); the paper shows "
+                "photographs and Inception V4 and judges by eye."
+            ),
+            numbers=numbers,
+            tables=[Table(["method", "map", *LAYERS, "input"], rows, note)],
+            claims=claims,
+        )
+
+    def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
+        shares = stacked(found)
+        figure, axes = plots.figure(2, width=3, height=2.5)
+        for ax, kind in zip(axes, _KINDS, strict=True):
+            samples = {
+                method: np.stack(
+                    [100 * shares[f"{method}, {kind}, {layer}"] for layer in (*LAYERS, "input")]
+                )
+                for method in reversed(_METHODS)
+            }
+            plots.curves(
+                ax,
+                range(len(LAYERS) + 1),
+                {name: np.median(sample, axis=1) for name, sample in samples.items()},
+                spread={
+                    name: tuple(np.percentile(sample, (25, 75), axis=1))
+                    for name, sample in samples.items()
+                },
+                xlabel="",
+                ylabel="on the background, %" if kind == "R" else "",
+                title=f"mean of {kind} over channels",
+                marker="o",
+            )
+            ax.axhline(100 * shares["area"].mean(), color="0.6", linewidth=0.8, linestyle="--")
+            ax.set_xticks(range(len(LAYERS) + 1), [*LAYERS, "input"])
+            ax.set_ylim(0, 100)
+        return [plots.save(figure, folder, self.name)]
+
+    def pictures(self, sources: Sources, folder: Path) -> None:
+        if sources.classifier is None:
+            return
+        explainer = sources.classifier.load(sources.backend)
+        for name, photo in list(sources.classifier.pictures().items())[: self.photos]:
+            traces = [explainer.explain(photo, method=m, trace=True) for m in _METHODS.values()]
+            picture.save(picture.layer_strip(traces), folder / f"{name}.png")
+
+
+def _background_shares(explainer: Explainer, images: Masked) -> Arrays:
+    x = normalized(images.images)
+    result = {"area": images.background.mean(axis=(1, 2))}
+    for name, method in _METHODS.items():
+        attribution = explainer.explain(x, method=method, trace=True)
+        R = attribution.values
+        if isinstance(method, RectGrad):
+            R = explainer.explain(x, method=replace(method, times_input=False)).values
+        for kind, values in zip(_KINDS, (R, x * R), strict=True):
+            result[f"{name}, {kind}, input"] = 1 - object_share(
+                values.mean(axis=1), images.background
+            )
+        for layer in LAYERS:
+            trace = attribution.layers()[layer]
+            background = resized_background(images.background, trace.a.shape[-1])
+            for kind, values in zip(_KINDS, (trace.R_out, trace.a * trace.R_out), strict=True):
+                result[f"{name}, {kind}, {layer}"] = 1 - object_share(
+                    values.mean(axis=1), background
+                )
+    return result
+
+
+def _accumulates(shares: Mapping[str, np.ndarray], kind: str) -> Claim:
+    first, last = (shares[f"Saliency, {kind}, {layer}"] for layer in (LAYERS[0], "input"))
+    pair = compare(last, {"": first})[""]
+    return Claim(
+        f"{kind}: the background's share of a saliency map grows from {LAYERS[0]} to the input",
+        pair.higher,
+        f"median {np.median(first):.1%} → {np.median(last):.1%}, it grows on {1 - pair.wins:.0%} "
+        f"of the images, {p_value(pair.p)}",
+    )
+
+
+def _stays(shares: Mapping[str, np.ndarray], kind: str) -> Claim:
+    first, last = (shares[f"{RECTGRAD}, {kind}, {layer}"] for layer in (LAYERS[0], "input"))
+    pair = compare(last, {"": first})[""]
+    return Claim(
+        f"{kind}: the background's share of RectGrad does not grow from {LAYERS[0]} to the input",
+        not pair.higher,
+        f"median {np.median(first):.1%} → {np.median(last):.1%}, it grows on {1 - pair.wins:.0%} "
+        f"of the images, {p_value(pair.p)}",
+    )
+
+
+def _lower(shares: Mapping[str, np.ndarray], kind: str) -> Claim:
+    ours, other = (shares[f"{method}, {kind}, input"] for method in (RECTGRAD, "Saliency"))
+    pair = compare(ours, {"": other})[""]
+    return Claim(
+        f"{kind}: at the input less of RectGrad than of the saliency map is on the background",
+        pair.lower,
+        f"median {np.median(ours):.1%} against {np.median(other):.1%}, less on {pair.wins:.0%} of "
+        f"the images, {p_value(pair.p)}",
+    )
