@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -42,7 +43,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse a value that a field's type does not allow."""
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]
         for field in fields(self):
             value, kinds = getattr(self, field.name), alternatives(hints[field.name])
             if not any(_is_of(value, kind) for kind in kinds):
@@ -105,6 +106,12 @@ class Method:
     def options(self) -> dict[str, Any]:
         """Every convention by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a method's fields, which take longer to find than to check."""
+    return get_type_hints(cls)
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
