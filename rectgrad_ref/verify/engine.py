@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import analysis
 from .. import threshold as threshold_module
+from ..errors import InvalidModel
 from ..executors import make_backend
 from ..explainer import Explainer
 from ..graph import Graph, Node, freeze, input_spec
@@ -114,12 +115,10 @@ class Conventions:
 class Deviating(RectGrad):
     """RectGrad with what `Conventions` says of its layers."""
 
-    missing: frozenset[str] = frozenset()
-    scores_z: bool = False
-    channelwise: bool = False
+    conventions: Conventions
 
     def rules(self, graph: Graph) -> RuleTable:
-        return table_of(super().rules(graph), graph, self)
+        return table_of(super().rules(graph), graph, self.conventions)
 
 
 @dataclass(frozen=True)
@@ -178,13 +177,10 @@ class Engine:
         self, model: Model, x: np.ndarray, target: np.ndarray, *, input: str, output: str
     ) -> None:
         self.model, self.x, self.target, self.dtype = model, x, target, x.dtype
-        self.whole = freeze(model, x.shape, input=input, output=output)
-        self.samplewise = len(x) == 1 or analysis.is_samplewise(self.whole)
-        shape = x.shape if self.samplewise else (1, *x.shape[1:])
-        self.graph: Graph = (
-            self.whole if self.samplewise else freeze(model, shape, input=input, output=output)
-        )
+        whole = _samplewise(model, x.shape, input, output)
+        self.samplewise = whole is not None
         size = len(x) if self.samplewise else 1
+        self.graph: Graph = whole or freeze(model, (size, *x.shape[1:]), input=input, output=output)
         self.groups = [slice(i, i + size) for i in range(0, len(x), size)]
         fixed = input_spec(model, input).shape[0] is not None
         self._forward = make_backend(
@@ -275,9 +271,7 @@ class Engine:
             return None
         plain = Deviating(
             **vars(replace(method, times_input=False, final_threshold=False)),
-            missing=conventions.missing,
-            scores_z=conventions.scores_z,
-            channelwise=conventions.channelwise,
+            conventions=conventions,
         )
         x = np.ascontiguousarray(self.input_of(conventions))
         with warnings.catch_warnings():
@@ -319,6 +313,15 @@ class Engine:
                 for k, v in found.items()
             )
         return known
+
+
+def _samplewise(model: Model, shape: tuple[int, ...], input: str, output: str) -> Graph | None:
+    """The graph for all samples together, where each provably gets what it would get alone."""
+    try:
+        graph = freeze(model, shape, input=input, output=output)
+    except InvalidModel:
+        return None
+    return graph if shape[0] == 1 or analysis.is_samplewise(graph) else None
 
 
 class _Pass:
@@ -571,16 +574,16 @@ def seed_tolerance(scores: np.ndarray, target: np.ndarray, kind: str, unit: floa
     return float(np.minimum(16 * unit * relative, 0.01).max(initial=0))
 
 
-def table_of(rules: RuleTable, graph: Graph, deviating: Conventions | Deviating) -> RuleTable:
-    """`rules` with these deviations."""
+def table_of(rules: RuleTable, graph: Graph, conventions: Conventions) -> RuleTable:
+    """`rules` with what the conventions change in them."""
     maps = {node.name for node in graph.nodes if len(node.output_shapes[0]) > 2}
-    absent = {node.name for node in graph.nodes if node.outputs[0] in deviating.missing}
+    absent = {node.name for node in graph.nodes if node.outputs[0] in conventions.missing}
     table: list[tuple[Matches, Rule]] = [(named(absent), Gradient())]
     for matches, rule in rules:
-        if isinstance(rule, Rectify) and deviating.scores_z:
+        if isinstance(rule, Rectify) and conventions.scores_z:
             table.append((matches, RectifyByInput(rule)))
             continue
-        if isinstance(rule, Rectify) and deviating.channelwise:
+        if isinstance(rule, Rectify) and conventions.channelwise:
             table.append((_both(matches, named(maps)), replace(rule, scope="channel")))
         table.append((matches, rule))
     return table
