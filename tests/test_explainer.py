@@ -26,7 +26,9 @@ from rectgrad_ref.errors import (
     RectGradWarning,
     UnsupportedOperator,
 )
+from rectgrad_ref.forward import OnnxruntimeForward
 from rectgrad_ref.methods import METHODS
+from rectgrad_ref.model import read_model
 
 # With these numbers the predicted classes differ and no map at q = 50 or 60 is zero.
 NET = nets.plain(Weights(16))
@@ -224,6 +226,34 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailable, match=r"pip install 'rectgrad-ref\[cpu\]'"):
         Explainer(NET.onnx(), backend="cpu")
     assert Explainer(NET.onnx()).backend.name == "reference"
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_both_packages_of_onnxruntime(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "1.0")
+    with pytest.raises(BackendUnavailable, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        Explainer(NET.onnx(), backend=backend)
+    assert Explainer(NET.onnx(), backend="reference").backend.name == "reference"
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_broken_onnxruntime(
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sys
+
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libfoo.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(BackendUnavailable, match=r"libfoo.so is missing.*backend='reference'"):
+        Explainer(NET.onnx(), backend=backend)
+
+
+def test_an_absent_provider() -> None:
+    pytest.importorskip("onnxruntime")
+    model = read_model(NET.onnx())
+    with pytest.raises(BackendUnavailable, match=r"no FooProvider here.*rectgrad-ref\[gpu\]"):
+        OnnxruntimeForward(model, "x", rebatch=False, providers=["FooProvider"])
 
 
 # --- batches --------------------------------------------------------------------------------------

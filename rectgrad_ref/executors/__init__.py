@@ -46,7 +46,7 @@ def make_backend(
     ----------
     name : str
         ``"cpu"``: onnxruntime forward, compiled walk back; ``"reference"``: NumPy throughout;
-        ``"auto"``: the first that is installed.
+        ``"auto"``: the first that is installed; an installation that is broken is an error.
     rebatch : bool
         Whether to make the declared batch extent symbolic.
     dtype : dtype or None
@@ -91,7 +91,9 @@ def _first_available(dtype: Any) -> str:
         return "reference"
     try:
         import_onnxruntime()
-    except BackendUnavailable:
+    except BackendUnavailable as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise  # installed, but broken: the slow backend would hide the remedy
         return "reference"
     return "cpu"
 
