@@ -51,7 +51,7 @@ class Conclusion:
     def verdict(self) -> str:
         """Of all claims together."""
         if not self.claims:
-            return "nothing to compare"
+            return "pictures only"
         held = sum(claim.holds for claim in self.claims)
         if held == len(self.claims):
             return "reproduced"

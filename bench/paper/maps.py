@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from rectgrad_ref.attribution import Attribution
 from rectgrad_ref.explainer import Explainer
 from rectgrad_ref.methods import (
     Deconvolution,
@@ -56,16 +56,15 @@ def figure_1_methods() -> dict[str, Method]:
 
 def heatmaps(
     explainer: Explainer,
-    x: np.ndarray,
+    images: Any,
     methods: Mapping[str, Method],
     *,
-    target: np.ndarray | None = None,
     keys: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Every method's map of every image, summed over colours: (N, H, W)."""
     ids = None if keys is None else [int(key) for key in keys]
     return {
-        name: explainer.explain(x, method=method, target=target, keys=ids).heatmap()
+        name: explainer.explain(images, method=method, keys=ids).heatmap()
         for name, method in methods.items()
     }
 
@@ -78,11 +77,11 @@ def measured(maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def compared(attributions: Mapping[str, Attribution], *, sparse: bool) -> dict[str, np.ndarray]:
+def shown(maps: Mapping[str, np.ndarray], *, sparse: bool) -> dict[str, np.ndarray]:
     """The maps of figures 5, 15 and 16: capped at 0.5 and 99.5 %, others' sparse if asked for."""
     return {
-        name: cap(a.heatmap(), 95 if sparse and name not in OURS else 0.5, 99.5)
-        for name, a in attributions.items()
+        name: cap(heatmap, 95 if sparse and name not in OURS else 0.5, 99.5)
+        for name, heatmap in maps.items()
     }
 
 
@@ -133,3 +132,11 @@ def resized_background(background: np.ndarray, side: int) -> np.ndarray:
         for b in background
     ]
     return np.stack(resized) < 200
+
+
+def concentration(heatmap: np.ndarray) -> np.ndarray:
+    """Fraction of Σ|map| on the 5 % of the pixels that have most: shape (N,)."""
+    sizes = np.sort(np.abs(heatmap.reshape(len(heatmap), -1)), axis=1)
+    most = round(0.05 * sizes.shape[1])
+    total = sizes.sum(axis=1)
+    return np.asarray(sizes[:, -most:].sum(axis=1) / np.where(total > 0, total, 1))

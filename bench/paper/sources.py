@@ -63,15 +63,26 @@ class Classifier:
     def load(self, backend: str) -> Explainer:
         return Explainer(self.path, backend=backend, preprocess=self.preprocess, labels=self.labels)
 
-    def pictures(self) -> dict[str, Image.Image | Path]:
-        """The photographs by name."""
+    def pictures(self, count: int) -> dict[str, Image.Image | Path]:
+        """The first photographs by name."""
         if self.photos:
-            return {path.stem: path for path in self.photos}
+            return {path.stem: path for path in self.photos[:count]}
         from skimage import data
 
         return {
             name: Image.fromarray(np.asarray(getattr(data, name)()))
-            for name in ("chelsea", "coffee", "rocket")
+            for name in ("chelsea", "coffee", "rocket")[:count]
+        }
+
+    def checksums(self, count: int) -> dict[str, str]:
+        """SHA-256 of the network and of the first photographs."""
+        contents = [
+            picture.read_bytes() if isinstance(picture, Path) else picture.tobytes()
+            for picture in self.pictures(count).values()
+        ]
+        return {
+            "classifier": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "photos": hashlib.sha256(b"".join(contents)).hexdigest(),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from ..sources import Masked, Sources, checksum, normalized
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 _SIDES = ("object", "background")
+_PAIRS = tuple(itertools.product(LAYERS, _SIDES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +103,11 @@ class FeatureMaps(Experiment):
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         active = stacked(found)
-        figure, axes = plots.figure(len(LAYERS), width=2, height=1.5)
-        for ax, layer in zip(axes, LAYERS, strict=True):
-            values = {side: 100 * active[f"{side}, {layer}"] for side in _SIDES}
-            plots.boxes(ax, values, ours=("object",), label="active units, %", title=layer)
-            ax.set_xlim(0, 100)
+        figure, (ax,) = plots.figure(width=4.5)
+        values = {f"{layer}, {side}": 100 * active[f"{side}, {layer}"] for layer, side in _PAIRS}
+        inside = [f"{layer}, object" for layer in LAYERS]
+        plots.boxes(ax, values, ours=inside, label="active units, %")
+        ax.set_xlim(left=0)
         return [plots.save(figure, folder, self.name)]
 
     def pictures(self, sources: Sources, folder: Path) -> None:
@@ -155,8 +157,7 @@ def _sheet(image: np.ndarray, saliency: np.ndarray, maps: Mapping[str, np.ndarra
 
 
 def _mosaic(maps: np.ndarray) -> np.ndarray:
-    """Maps (C, h, w) in rows of eight or sixteen, parted by white lines."""
-    columns = 8 if len(maps) <= 32 else 16
+    """Maps (C, h, w) in rows of eight, parted by white lines."""
     bordered = np.pad(maps, ((0, 0), (0, 1), (0, 1)), constant_values=maps.max())
     c, h, w = bordered.shape
-    return bordered.reshape(c // columns, columns, h, w).swapaxes(1, 2).reshape(-1, columns * w)
+    return bordered.reshape(c // 8, 8, h, w).swapaxes(1, 2).reshape(-1, 8 * w)

@@ -123,7 +123,7 @@ class LayerWise(Experiment):
         if sources.classifier is None:
             return
         explainer = sources.classifier.load(sources.backend)
-        for name, photo in list(sources.classifier.pictures().items())[: self.photos]:
+        for name, photo in sources.classifier.pictures(self.photos).items():
             traces = [explainer.explain(photo, method=m, trace=True) for m in _METHODS.values()]
             picture.save(picture.layer_strip(traces), folder / f"{name}.png")
 

@@ -153,7 +153,7 @@ class PropagationRules(Experiment):
         if sources.classifier is None:
             return
         explainer = sources.classifier.load(sources.backend)
-        photos = list(sources.classifier.pictures().values())[: self.photos]
+        photos = list(sources.classifier.pictures(self.photos).values())
         pair = (RULES[_PR1], RULES["Mod"])
         found = [explainer.explain(photos, method=rule) for rule in pair]
         picture.save(picture.side_by_side(found), folder / "figure_17.png")
