@@ -70,15 +70,15 @@ class Attribution:
         Σ values − (S(x) − S(x₀)), for methods with a baseline x₀.
     """
 
-    values: np.ndarray
-    inputs: np.ndarray
-    logits: np.ndarray
+    values: np.ndarray = field(repr=False)
+    inputs: np.ndarray = field(repr=False)
+    logits: np.ndarray = field(repr=False)
     target: np.ndarray
     method: Method
     layout: str | None
     environment: dict[str, Any]
-    class_names: Sequence[str] | None = None
-    pictures: np.ndarray | None = None
+    class_names: Sequence[str] | None = field(default=None, repr=False)
+    pictures: np.ndarray | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     completeness_gap: np.ndarray | None = None
     trace: Mapping[str, Layer] | None = field(default=None, repr=False)

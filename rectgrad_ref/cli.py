@@ -21,7 +21,6 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -42,7 +41,6 @@ from .explainer import Explainer
 from .images import Layout
 from .methods import METHODS, Method, make_method
 from .methods.base import alternatives
-from .rules.declared import Rule
 from .rules.registry import find_vjp
 from .verify.cli import app as verify_app
 
@@ -434,7 +432,7 @@ def inspect(
         _show(facts | {"nodes": nodes}, [node["rule"] or "NONE" for node in nodes], as_json)
         raise
     facts |= {"notes": list(listing.notes), "nodes": listing.rows()[::-1]}
-    _show(facts, [_brief(step.rule) for step in reversed(listing.plan.steps)], as_json)
+    _show(facts, [str(step.rule) for step in reversed(listing.plan.steps)], as_json)
 
 
 def _facts(explainer: Explainer) -> dict[str, Any]:
@@ -483,13 +481,6 @@ def _supported(explainer: Explainer) -> list[dict[str, Any]]:
         }
         for node in nodes
     ]
-
-
-def _brief(rule: Rule) -> str:
-    """A rule with those of its parameters that are not the default."""
-    parameters = [(f.name, f.default, getattr(rule, f.name)) for f in fields(cast(Any, rule))]
-    changed = (f"{name}={value!r}" for name, default, value in parameters if value != default)
-    return f"{type(rule).__name__}({', '.join(changed)})"
 
 
 def _show(facts: dict[str, Any], rules: Sequence[str], as_json: bool) -> None:

@@ -507,13 +507,13 @@ class PlanListing:
     notes: tuple[str, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a backward step, from the logits to the input."""
+        """One dict a backward step, from the logits to the input; rules with all parameters."""
         runs_as = self.backend.runs_as(self.plan)
         return [
             {
                 "node": step.node.name,
                 "op": step.node.op,
-                "rule": str(step.rule),
+                "rule": repr(step.rule),
                 "reads": list(step.reads),
                 "writes": list(step.writes),
                 "backend": runs_as[step.node.name],
@@ -522,7 +522,10 @@ class PlanListing:
         ]
 
     def __str__(self) -> str:
-        rows = [(r["op"], r["node"], r["rule"], r["backend"]) for r in self.rows()]
+        runs_as = self.backend.runs_as(self.plan)
+        rows = [
+            (s.node.op, s.node.name, str(s.rule), runs_as[s.node.name]) for s in self.plan.steps
+        ]
         table = [("op", "node", "rule", "backend"), *rows]
         widths = [max(len(row[i]) for row in table) for i in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]

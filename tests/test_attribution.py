@@ -59,6 +59,11 @@ def test_is_an_array(result: Attribution) -> None:
     assert len(result) == 2
 
 
+def test_printed_without_its_arrays(result: Attribution) -> None:
+    assert "q=60" in repr(result) and "sha256" in repr(result)
+    assert len(repr(result)) < 1200
+
+
 def test_heatmap_sums_over_channels(result: Attribution) -> None:
     assert result.layout == "NCHW"
     assert result.heatmap().shape == (2, 12, 10)

@@ -397,6 +397,8 @@ def test_plan_lists_every_step(explainer: Explainer) -> None:
     lines = str(listing).splitlines()
     assert lines[0].split() == ["op", "node", "rule", "backend"]
     assert len(lines) == 1 + len(rows) + len(listing.notes)
+    assert "Rectify()" in str(listing) and "ConvTranspose(mask_border=True)" in str(listing)
+    assert "Rectify(q=90.0)" in str(explainer.plan("rectgrad", q=90.0))
 
 
 def symbolic() -> onnx.ModelProto:

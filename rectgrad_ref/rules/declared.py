@@ -7,8 +7,8 @@ A rule is declared, not coded: a frozen dataclass whose fields are its parameter
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
@@ -80,7 +80,10 @@ class Rule:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return repr(self)
+        """The rule with those of its parameters that are not the default."""
+        parameters = [(f.name, f.default, getattr(self, f.name)) for f in fields(cast(Any, self))]
+        changed = (f"{name}={value!r}" for name, default, value in parameters if value != default)
+        return f"{type(self).__name__}({', '.join(changed)})"
 
 
 @dataclass(frozen=True)
