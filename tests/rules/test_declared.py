@@ -332,7 +332,8 @@ def test_masked_convolution_towards_its_weights() -> None:
     assert np.array_equal(found, run(Gradient(), graph, x, mask_border(R), position=1))
 
 
-def test_rules_print_their_parameters() -> None:
-    assert str(Rectify(tau=math.inf)).startswith("Rectify(score='a*r', q=98.0, tau=inf")
-    assert str(Redistribute()) == "Redistribute(eps=1e-10)"
-    assert str(Gradient()) == "Gradient()"
+def test_rules_print_the_parameters_that_are_not_the_default() -> None:
+    assert str(Rectify()) == "Rectify()"
+    assert str(Rectify(tau=math.inf, scope="batch")) == "Rectify(tau=inf, scope='batch')"
+    assert repr(Rectify()).startswith("Rectify(score='a*r', q=98.0, tau=None")
+    assert str(Gradient()) == repr(Gradient()) == "Gradient()"
