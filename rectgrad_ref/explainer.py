@@ -128,7 +128,8 @@ class Explainer:
         Parameters
         ----------
         image : path, PIL image, numpy.ndarray, or a list of them
-            A picture; or an array, already preprocessed, of the model input's shape and axis order.
+            A picture, which is preprocessed; or an array of the model input's shape and axis order
+            (the batch axis may be missing) that is preprocessed already: in the model's own units.
         method : str or Method
             An id of `methods()`, or a method with its conventions.
         target : int, str or sequence, optional
@@ -143,6 +144,13 @@ class Explainer:
             Identity of each sample for methods with noise; by default its position in the call.
         **options
             Fields of the method, such as ``q=98.0``.
+
+        Returns
+        -------
+        Attribution
+            Its values have the shape of the model's input, (N, C, H, W) or (N, H, W, C), and the
+            unit of the method: gradients are logits per unit of the input, products with the
+            input are logits.
 
         Raises
         ------
@@ -194,7 +202,12 @@ class Explainer:
     ) -> PlanListing:
         """What an explanation will do: one row a backward step; `print` shows a table.
 
-        Symbolic spatial extents need an input: explain one, or fix them in the file.
+        Raises
+        ------
+        UnsupportedOperator
+            A node on the path from the input to the logits has no rule.
+        InvalidModel
+            The input's height or width is symbolic, and no image has been explained yet.
         """
         chosen = make_method(method, preset, **options)
         prepared = self._prepare(self._example_shape(), chosen)
@@ -578,5 +591,5 @@ def explain(
 
 
 def methods() -> dict[str, str]:
-    """Ids of all methods, with what each is."""
+    """Ids of all methods, with what each is and its source."""
     return {name: (cls.__doc__ or "").partition("\n")[0] for name, cls in METHODS.items()}

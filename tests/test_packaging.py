@@ -118,10 +118,13 @@ def readme_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_python_example_runs(readme_files: None) -> None:
     names: dict[str, Any] = {}
-    exec(readme("python", "r.explain"), names)
+    exec(readme("python", "import rectgrad_ref"), names)
     assert Path("cat.png").exists()
     assert names["smooth"].target.tolist() == [0]
     assert names["sparse"].method.q == 99
+    exec(readme("python", "threshold_sweep"), names)
+    for name in ("methods.pdf", "overlay.png", "thresholds.png", "layers.png"):
+        assert Path(name).exists()
 
 
 def test_command_line_examples_run(readme_files: None) -> None:

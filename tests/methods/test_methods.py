@@ -114,6 +114,15 @@ def test_an_object_takes_neither_preset_nor_options() -> None:
         make_method(method, "authors")
 
 
+def test_titles_tell_the_methods_of_a_figure_apart() -> None:
+    titles = [make_method(name).title for name in IDS]
+    assert titles[0] == "RectGrad" and len(set(titles)) == len(IDS)
+    assert RectGrad(prr=True).title == "RectGrad PRR"
+    assert RectGrad(propagation_rule="mod").title == "RectGrad mod"
+    assert RectGrad(propagation_rule="PR3", prr=True).title == "RectGrad PR3 PRR"
+    assert RectGrad(q=90, padding_trick=False).title == "RectGrad"
+
+
 def test_methods_are_values() -> None:
     assert RectGrad(q=90) == RectGrad(q=90.0) != RectGrad(q=91)
     assert hash(RectGrad(q=90)) == hash(RectGrad(q=90.0))
