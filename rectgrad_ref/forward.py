@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import onnx
 from onnx import helper
 
 from .errors import BackendUnavailable, InvalidModel, UnsupportedOperator
+from .expand import key
 from .graph import Graph, Node, input_spec
 from .model import Model
 from .reference import constant_as
@@ -175,8 +176,8 @@ class OnnxruntimeForward:
 
     def _session(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> Any:
         # The threads of a session do not survive a fork; the child makes its own.
-        key = (os.getpid(), names, last)
-        if key not in self._sessions:
+        which = (os.getpid(), names, last, graph.batch if graph.bodies else None)
+        if which not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
             # Threads that spin on after a run would take the processors from the walk back.
@@ -185,7 +186,7 @@ class OnnxruntimeForward:
                 options.intra_op_num_threads = self._threads
             data = self._exposed(graph, names, last)
             try:
-                self._sessions[key] = self._runtime.InferenceSession(
+                self._sessions[which] = self._runtime.InferenceSession(
                     data, options, providers=self._providers
                 )
             except Exception as error:
@@ -193,7 +194,7 @@ class OnnxruntimeForward:
                     f"onnxruntime {self._runtime.__version__} refuses {self._model.name}: {error}. "
                     "backend='reference' runs without it."
                 ) from error
-        return self._sessions[key]
+        return self._sessions[which]
 
     def _exposed(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> bytes:
         """The model with these values as its only outputs, those of `last` channels last."""
@@ -202,6 +203,10 @@ class OnnxruntimeForward:
         # Declared shapes may state the batch size of the export, and decide nothing.
         del proto.graph.value_info[:]
         del proto.graph.output[:]
+        if graph.bodies:
+            nodes = list(_written_out(proto.graph.node, graph.bodies, names + last))
+            del proto.graph.node[:]
+            proto.graph.node.extend(nodes)
         for name in names:
             kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[name])
             proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
@@ -214,6 +219,20 @@ class OnnxruntimeForward:
                 if value.name == self._input:
                     value.type.tensor_type.shape.dim[0].dim_param = "N"
         return proto.SerializeToString()
+
+
+def _written_out(
+    nodes: Iterable[onnx.NodeProto],
+    bodies: Mapping[str, tuple[onnx.NodeProto, ...]],
+    names: tuple[str, ...],
+) -> Iterator[onnx.NodeProto]:
+    """The nodes, those replaced by their bodies in which one of the values `names` is computed."""
+    for node in nodes:
+        first = key(node)
+        if first in bodies and any(name.startswith(f"{first}/") for name in names):
+            yield from _written_out(bodies[first], bodies, names)
+        else:
+            yield node
 
 
 def _last(name: str) -> str:

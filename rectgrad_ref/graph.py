@@ -20,14 +20,18 @@ import onnx
 from onnx import helper, numpy_helper, shape_inference
 
 from . import opsets
-from .errors import InvalidModel
+from .errors import InvalidModel, UnsupportedOperator
+from .expand import key, written_out
 from .model import DAMAGE, Model
 from .opsets import Shape
 from .patterns import fuse
 from .rules import OPERATORS
+from .rules.registry import find_vjp
 
 # Constants up to this size may decide shapes (Reshape, Slice, Pad …) and are shown to inference.
 _DECIDES_SHAPES = 64
+# Nodes of unrolled loops; nested ones multiply.
+_MOST_WRITTEN = 100_000
 _PASS_THROUGH = {
     "Flatten",
     "Reshape",
@@ -98,6 +102,8 @@ class Graph:
         is, the output or what enters its closing Softmax, LogSoftmax or Sigmoid.
     head : str or None
         Operator type of that closing node.
+    bodies : mapping of str to tuple of onnx.NodeProto
+        First output of a node of the file that was written out (`expand.py`) → what replaces it.
     facts : dict
         What `analysis` has proven so far.
     """
@@ -112,6 +118,7 @@ class Graph:
     output: str
     logits: str
     head: str | None
+    bodies: Mapping[str, tuple[onnx.NodeProto, ...]]
     facts: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -248,22 +255,56 @@ class _Builder:
         self.batch = input_shape[0]
         self.nodes: list[Node] = []
         self.names: set[str] = set()
+        self.bodies: dict[str, tuple[onnx.NodeProto, ...]] = {}
+        self.written = 0
         self.constants = dict(model.initializers)
         self.types = {name: _tensor_type(a.dtype, a.shape) for name, a in self.constants.items()}
         self.types[image.name] = _tensor_type(image.dtype, input_shape)
 
     def add(self, proto: onnx.NodeProto) -> None:
+        body = written_out(proto, self.model.opset, self.types, self.constants)
+        if body is None:
+            self._add(proto)
+            return
+        nodes = []
+        for inner in self._checked(proto, body):
+            self.add(inner)
+            nodes.append(inner)
+        self.bodies[key(proto)] = tuple(nodes)
+
+    def _checked(
+        self, proto: onnx.NodeProto, body: Iterator[onnx.NodeProto]
+    ) -> Iterator[onnx.NodeProto]:
+        """`body`, with errors that name the model."""
+        try:
+            for node in body:
+                self.written += 1
+                if self.written > _MOST_WRITTEN:
+                    raise UnsupportedOperator(
+                        f"{proto.op_type} {proto.name or key(proto)!r}: written out, the model has "
+                        f"more than {_MOST_WRITTEN} nodes"
+                    )
+                yield node
+        except UnsupportedOperator as error:
+            raise UnsupportedOperator(f"{self.model.name}: {error}") from error
+        except DAMAGE as error:
+            raise InvalidModel(
+                f"{self.model.name}: {proto.op_type} {proto.name or key(proto)!r} is damaged: "
+                f"{error}"
+            ) from error
+
+    def _add(self, proto: onnx.NodeProto) -> None:
         self._infer(proto)
-        node = self._modernise(proto)
+        node = self._with_output_shapes(self._modernise(proto))
         array = self._fold(node)
         if array is None:
-            shapes = tuple(self._shape(value) or () for value in node.outputs)
-            self.nodes.append(replace(node, output_shapes=shapes))
+            self._measure(node)
+            self.nodes.append(self._with_output_shapes(node))
             self._check_reshape(self.nodes[-1])
             return
         for name, value in zip(node.outputs, array, strict=False):
             if name:
-                self._constant(name, value)
+                self._constant(name, np.asarray(value))
 
     def graph(self, output: str) -> Graph:
         producer = {value: node for node in self.nodes for value in node.outputs}
@@ -284,6 +325,7 @@ class _Builder:
             output=output,
             logits=logits,
             head=head,
+            bodies=MappingProxyType(self.bodies),
         )
 
     def _modernise(self, proto: onnx.NodeProto) -> Node:
@@ -291,7 +333,7 @@ class _Builder:
         op = f"{proto.domain}.{proto.op_type}" if proto.domain else proto.op_type
         # What its sub-graphs read from outside is an input of a node as well.
         inputs = [*proto.input, *(v for v in _captured(proto) if v in self.types)]
-        name = self._unique(proto.name or _key(proto))
+        name = self._unique(proto.name or key(proto))
         try:
             values = opsets.attributes(proto, opset)
         except DAMAGE as error:
@@ -304,7 +346,7 @@ class _Builder:
         )
         for position, constant in moved.items():
             inputs += [""] * (position + 1 - len(inputs))
-            inputs[position] = f"{_key(proto)}/{position}"
+            inputs[position] = f"{key(proto)}/{position}"
             self._constant(inputs[position], constant)
         shapes = [self._shape(value) or () for value in inputs]
         opsets.settle(op, opset, values, shapes)
@@ -339,13 +381,36 @@ class _Builder:
             raise InvalidModel(f"{self.model.name}: {node} cannot be computed: {error}") from error
         return result if isinstance(result, tuple) else (result,)
 
+    def _with_output_shapes(self, node: Node) -> Node:
+        return replace(node, output_shapes=tuple(self._shape(v) or () for v in node.outputs))
+
+    def _measure(self, node: Node) -> None:
+        """Shapes that onnx leaves open although constants decide them, from a trial on zeros."""
+        inferred = all(self._shape(v) is not None for v in node.outputs if v)
+        unknown = any(self._shape(v) is None for v in node.inputs if v)
+        if inferred or unknown or node.op not in OPERATORS:
+            return
+        arguments: list[np.ndarray | None] = []
+        for i, value in enumerate(node.inputs):
+            if not value or value in self.constants:
+                arguments.append(self.constants.get(value))
+            elif find_vjp(node.op, i) is None:
+                return
+            else:
+                arguments.append(np.zeros(node.input_shapes[i], self._dtype(value)))
+        results = OPERATORS[node.op].forward(node, *arguments)
+        for value, array in zip(
+            node.outputs, results if isinstance(results, tuple) else (results,), strict=False
+        ):
+            self.types[value] = _tensor_type(array.dtype, array.shape)
+
     def _infer(self, proto: onnx.NodeProto) -> None:
         definition = opsets.schema(proto.op_type, self.model.opset, proto.domain)
         missing = [v for v in proto.input if v and v not in self.types]
         if missing:
             others = {v.name for v in self.model.proto.graph.input}
             raise InvalidModel(
-                f"{self.model.name}: {proto.op_type} {proto.name or _key(proto)!r} reads "
+                f"{self.model.name}: {proto.op_type} {proto.name or key(proto)!r} reads "
                 f"{missing[0]!r}, "
                 + (
                     "a second input; models of one input can be explained"
@@ -367,7 +432,7 @@ class _Builder:
             found = shape_inference.infer_node_outputs(definition, proto, types, data)
         except DAMAGE as error:
             raise InvalidModel(
-                f"{self.model.name}: {proto.op_type} {proto.name or _key(proto)!r} does not fit "
+                f"{self.model.name}: {proto.op_type} {proto.name or key(proto)!r} does not fit "
                 f"inputs of shape {', '.join(str(self._shape(v)) for v in proto.input)}: {error}"
             ) from error
         self.types.update((v, found.get(v, onnx.TypeProto())) for v in proto.output)
@@ -419,24 +484,19 @@ def _sorted(model: Model, output: str, image: str) -> Iterator[onnx.NodeProto]:
     stack = [(producer[output], False)] if output in producer else []
     while stack:
         node, ready = stack.pop()
-        key = _key(node)
+        first = key(node)
         if ready:
-            state[key] = True
+            state[first] = True
             yield node
-        elif key not in state:
-            state[key] = False
+        elif first not in state:
+            state[first] = False
             stack.append((node, True))
             for value in reversed([*node.input, *_captured(node)]):
                 if value in producer and value not in known:
                     previous = producer[value]
-                    if state.get(_key(previous)) is False:
+                    if state.get(key(previous)) is False:
                         raise InvalidModel(f"{model.name}: the graph has a cycle at {value!r}")
                     stack.append((previous, False))
-
-
-def _key(node: onnx.NodeProto) -> str:
-    """The node's first output, which no other node has."""
-    return next(filter(None, node.output), "")
 
 
 def _captured(node: onnx.NodeProto) -> Iterator[str]:

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 # Attributes that became inputs under another name.
 _RENAMED = {("Pad", "constant_value"): "value", ("TopK", "K"): "k"}
-_WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"}
+_WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "MaxUnpool"}
 _SOFTMAXES = {"Softmax", "LogSoftmax", "Hardmax"}
 
 

@@ -139,6 +139,11 @@ def _gelu_inner(x: Array) -> Array:
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
+@operator("Shrink", batch=elementwise)
+def shrink(node: Node, input: Array) -> Array:
+    return np.where(np.abs(input) > node["lambd"], input - np.sign(input) * node["bias"], 0)
+
+
 @operator("Erf", batch=elementwise)
 def erf(node: Node, X: Array) -> Array:
     return _erf(X)
@@ -226,13 +231,14 @@ _DERIVATIVES: dict[str, Callable[..., Array]] = {
     "HardSwish": lambda node, x: np.where(np.abs(x) < 3, x / 3 + 0.5, x >= 3).astype(x.dtype),
     "Mish": _d_mish,
     "Gelu": _d_gelu,
+    "Shrink": lambda node, x: (np.abs(x) > node["lambd"]).astype(x.dtype),
     "Erf": lambda node, x: 2 / math.sqrt(math.pi) * np.exp(-(x**2)),
     "Clip": _d_clip,
 }
 
 
 # ONNX calls the same thing `X` here and `input` there.
-_CALLED_INPUT = {"Tanh", "Softsign", "Erf"}
+_CALLED_INPUT = {"Tanh", "Softsign", "Shrink", "Erf"}
 
 
 @vjp(*(_DERIVATIVES.keys() - {"Relu", "PRelu", "Clip"} - _CALLED_INPUT), wrt="X")

@@ -173,6 +173,15 @@ _UNARY: dict[str, tuple[Callable[[Array], Array], Callable[[Array, Array], Array
     "Reciprocal": (np.reciprocal, lambda x, y: -y * y),
     "Sin": (np.sin, lambda x, y: np.cos(x)),
     "Cos": (np.cos, lambda x, y: -np.sin(x)),
+    "Tan": (np.tan, lambda x, y: 1 + y * y),
+    "Asin": (np.arcsin, lambda x, y: 1 / np.sqrt(1 - x * x)),
+    "Acos": (np.arccos, lambda x, y: -1 / np.sqrt(1 - x * x)),
+    "Atan": (np.arctan, lambda x, y: 1 / (1 + x * x)),
+    "Sinh": (np.sinh, lambda x, y: np.cosh(x)),
+    "Cosh": (np.cosh, lambda x, y: np.sinh(x)),
+    "Asinh": (np.arcsinh, lambda x, y: 1 / np.sqrt(1 + x * x)),
+    "Acosh": (np.arccosh, lambda x, y: 1 / np.sqrt(x * x - 1)),
+    "Atanh": (np.arctanh, lambda x, y: 1 / (1 - x * x)),
 }
 _UNARY_INPUT = {op: "X" if op in ("Neg", "Abs", "Sqrt", "Reciprocal") else "input" for op in _UNARY}
 
@@ -208,6 +217,10 @@ _PREDICATES: dict[str, Callable[..., Array]] = {
     "Ceil": np.ceil,
     "Round": np.rint,
     "Sign": np.sign,
+    "BitwiseAnd": np.bitwise_and,
+    "BitwiseOr": np.bitwise_or,
+    "BitwiseXor": np.bitwise_xor,
+    "BitwiseNot": np.invert,
 }
 
 
@@ -216,9 +229,32 @@ def predicate(node: Node, *operands: Array) -> Array:
     return _PREDICATES[node.op](*operands)
 
 
+@operator("IsInf", batch=elementwise)
+def is_inf(node: Node, X: Array) -> Array:
+    wanted = (node["detect_negative"] and X < 0) | (node["detect_positive"] and X > 0)
+    return np.isinf(X) & wanted
+
+
+@operator("BitShift", batch=elementwise)
+def bit_shift(node: Node, X: Array, Y: Array) -> Array:
+    return np.left_shift(X, Y) if node["direction"] == "LEFT" else np.right_shift(X, Y)
+
+
 @operator("Mod", batch=elementwise)
 def mod(node: Node, A: Array, B: Array) -> Array:
     return np.fmod(A, B) if node["fmod"] else np.mod(A, B)
+
+
+@vjp("Mod", wrt="A")
+def mod_A(node: Node, R: Array) -> Array:
+    return unbroadcast(R, node.input_shapes[0])
+
+
+@vjp("Mod", wrt="B")
+def mod_B(node: Node, R: Array, *, A: Array, B: Array) -> Array:
+    """A mod B is A − B·⌊A/B⌋, of which the quotient is constant."""
+    whole = np.trunc if node["fmod"] else np.floor
+    return unbroadcast(-R * whole(A / B), node.input_shapes[1])
 
 
 @operator("Range")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,13 +15,33 @@ if TYPE_CHECKING:
 
 
 @operator("MaxPool", batch=leading)
-def max_pool(node: Node, X: Array) -> Array:
+def max_pool(node: Node, X: Array) -> Array | tuple[Array, Array]:
     window = Window.of(node)
-    padded = window.pad(X, -np.inf)
-    y = np.full((*X.shape[:2], *window.output), -np.inf, X.dtype)
+    padded = window.pad(X, _lowest(X.dtype))
+    y = np.full((*X.shape[:2], *window.output), _lowest(X.dtype), X.dtype)
     for _, place in window.offsets():
         np.maximum(y, padded[place], out=y)
-    return y
+    return (y, _max_indices(node, X, y, window)) if len(node.outputs) > 1 else y
+
+
+def _lowest(dtype: np.dtype) -> float:
+    return -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
+
+
+def _max_indices(node: Node, X: Array, Y: Array, window: Window) -> Array:
+    """Where in X, flattened, the first maximum of each window lies."""
+    plane: Array = np.arange(math.prod(window.input))
+    if node["storage_order"]:
+        plane = plane.reshape(window.input[::-1]).transpose()
+    else:
+        plane = plane.reshape(window.input)
+    planes = np.arange(X.shape[0] * X.shape[1]).reshape(*X.shape[:2], *(1,) * plane.ndim)
+    cells = window.pad(planes * plane.size + plane, 0)
+    padded = window.pad(X, _lowest(X.dtype))
+    result = np.full(Y.shape, -1)
+    for _, place in window.offsets():
+        result = np.where((result < 0) & (padded[place] == Y), cells[place], result)
+    return result
 
 
 @vjp("MaxPool", wrt="X")
@@ -138,3 +159,69 @@ def global_max_pool_X(node: Node, R: Array, *, X: Array) -> Array:
     gradient = np.zeros_like(flat)
     np.put_along_axis(gradient, flat.argmax(axis=2)[..., None], R.reshape(*X.shape[:2], 1), axis=2)
     return gradient.reshape(X.shape)
+
+
+@operator("LpPool", batch=leading)
+def lp_pool(node: Node, X: Array) -> Array:
+    return _sum_windows(np.abs(X) ** node["p"], Window.of(node)) ** (1 / node["p"])
+
+
+@vjp("LpPool", wrt="X")
+def lp_pool_X(node: Node, R: Array, *, X: Array, Y: Array) -> Array:
+    return _lp_slope(node, X) * _spread(_lp_share(node, R, Y), Window.of(node))
+
+
+@operator("GlobalLpPool", batch=leading)
+def global_lp_pool(node: Node, X: Array) -> Array:
+    total = (np.abs(X) ** node["p"]).sum(axis=_spatial_axes(X), keepdims=True)
+    return total ** (1 / node["p"])
+
+
+@vjp("GlobalLpPool", wrt="X")
+def global_lp_pool_X(node: Node, R: Array, *, X: Array, Y: Array) -> Array:
+    return _lp_slope(node, X) * _lp_share(node, R, Y)
+
+
+def _lp_share(node: Node, R: Array, Y: Array) -> Array:
+    """R · y^(1−p); where the norm is 0, its derivative is taken as 0."""
+    return np.where(Y == 0, 0, R * np.where(Y == 0, 1, Y) ** (1 - node["p"]))
+
+
+def _lp_slope(node: Node, X: Array) -> Array:
+    return np.sign(X) * np.abs(X) ** (node["p"] - 1)
+
+
+@operator("MaxUnpool", batch=leading)
+def max_unpool(node: Node, X: Array, I: Array, output_shape: Array | None = None) -> Array:  # noqa: E741
+    """The indices belong to the smallest shape that was pooled so; what is beyond it is 0."""
+    smallest = np.zeros(_unpooled(node), X.dtype)
+    smallest.ravel()[I.ravel()] = X.ravel()
+    if output_shape is None:
+        return smallest
+    y = np.zeros(tuple(int(n) for n in output_shape), X.dtype)
+    y[_corner(smallest.shape)] = smallest
+    return y
+
+
+def _corner(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(n) for n in shape)
+
+
+def _unpooled(node: Node) -> tuple[int, ...]:
+    """The shape of what was pooled, as far as the window tells."""
+    batch, channels, *spatial = node.input_shapes[0]
+    rank = len(spatial)
+    pads, strides = node["pads"], node["strides"]
+    return (
+        batch,
+        channels,
+        *(
+            (n - 1) * strides[i] + node["kernel_shape"][i] - pads[i] - pads[rank + i]
+            for i, n in enumerate(spatial)
+        ),
+    )
+
+
+@vjp("MaxUnpool", wrt="X")
+def max_unpool_X(node: Node, R: Array, *, I: Array) -> Array:  # noqa: E741
+    return R[_corner(_unpooled(node))].ravel()[I]

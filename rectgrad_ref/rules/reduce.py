@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,29 +32,56 @@ def _keeps(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
     return sample if node["keepdims"] else sample - sum(axis < sample for axis in reduced)
 
 
-@operator("ReduceMean", batch=_keeps)
-def reduce_mean(node: Node, data: Array, axes: Array | None = None) -> Array:
-    return np.asarray(data.mean(axis=_axes(node, data.ndim, axes), keepdims=bool(node["keepdims"])))
+def _log_sum_exp(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
+    top = np.max(x, axis=axis, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0)
+    result = np.log(np.exp(x - top).sum(axis=axis, keepdims=True)) + top
+    return result if keepdims else result.squeeze(axis)
 
 
-@operator("ReduceSum", batch=_keeps)
-def reduce_sum(node: Node, data: Array, axes: Array | None = None) -> Array:
-    return np.asarray(data.sum(axis=_axes(node, data.ndim, axes), keepdims=bool(node["keepdims"])))
+def _lowest(dtype: np.dtype) -> Any:
+    """The maximum of nothing."""
+    return False if dtype.kind == "b" else -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
 
 
-@operator("ReduceMax", batch=_keeps)
-def reduce_max(node: Node, data: Array, axes: Array | None = None) -> Array:
-    return np.asarray(data.max(axis=_axes(node, data.ndim, axes), keepdims=bool(node["keepdims"])))
+def _highest(dtype: np.dtype) -> Any:
+    """The minimum of nothing."""
+    return True if dtype.kind == "b" else np.inf if dtype.kind == "f" else np.iinfo(dtype).max
 
 
-@operator("ReduceMin", batch=_keeps)
-def reduce_min(node: Node, data: Array, axes: Array | None = None) -> Array:
-    return np.asarray(data.min(axis=_axes(node, data.ndim, axes), keepdims=bool(node["keepdims"])))
+_REDUCTIONS: dict[str, Callable[..., Array]] = {
+    "ReduceSum": np.sum,
+    "ReduceMean": np.mean,
+    "ReduceProd": np.prod,
+    "ReduceMax": lambda x, axis, keepdims: np.max(
+        x, axis=axis, keepdims=keepdims, initial=_lowest(x.dtype)
+    ),
+    "ReduceMin": lambda x, axis, keepdims: np.min(
+        x, axis=axis, keepdims=keepdims, initial=_highest(x.dtype)
+    ),
+    "ReduceL1": lambda x, **over: np.sum(np.abs(x), **over),
+    "ReduceL2": lambda x, **over: np.sqrt(np.sum(x * x, **over)),
+    "ReduceSumSquare": lambda x, **over: np.sum(x * x, **over),
+    "ReduceLogSum": lambda x, **over: np.log(np.sum(x, **over)),
+    "ReduceLogSumExp": _log_sum_exp,
+}
 
 
-@operator("ReduceProd", batch=_keeps)
-def reduce_prod(node: Node, data: Array, axes: Array | None = None) -> Array:
-    return np.asarray(data.prod(axis=_axes(node, data.ndim, axes), keepdims=bool(node["keepdims"])))
+@operator(*_REDUCTIONS, batch=_keeps)
+def reduce(node: Node, data: Array, axes: Array | None = None) -> Array:
+    over = _axes(node, data.ndim, axes)
+    reduced = _REDUCTIONS[node.op](data, axis=over, keepdims=bool(node["keepdims"]))
+    return np.asarray(reduced).astype(data.dtype, copy=False)
+
+
+# ∂y/∂x as a function of x and of y, which is broadcast along the reduced axes.
+_SLOPES: dict[str, Callable[[Array, Array], Array]] = {
+    "ReduceL1": lambda x, y: np.sign(x),
+    "ReduceL2": lambda x, y: x / np.where(y == 0, 1, y),
+    "ReduceSumSquare": lambda x, y: 2 * x,
+    "ReduceLogSum": lambda x, y: np.broadcast_to(np.exp(-y), x.shape),
+    "ReduceLogSumExp": lambda x, y: np.exp(x - y),
+}
 
 
 def _expanded(node: Node, R: Array, reduced: tuple[int, ...]) -> Array:
@@ -71,14 +100,59 @@ def reduce_data(node: Node, R: Array, *, axes: Array | None) -> Array:
     return gradient / int(np.prod([shape[i] for i in reduced]))
 
 
+@vjp(*_SLOPES, wrt="data")
+def reduce_nonlinear_data(
+    node: Node, R: Array, *, data: Array, reduced: Array, axes: Array | None
+) -> Array:
+    over = _axes(node, data.ndim, axes)
+    return _expanded(node, R, over) * _SLOPES[node.op](data, _expanded(node, reduced, over))
+
+
+@vjp("ReduceProd", wrt="data")
+def reduce_prod_data(node: Node, R: Array, *, data: Array, axes: Array | None) -> Array:
+    """R times the product of all others, zeros among them or not."""
+    over = _axes(node, data.ndim, axes)
+    flat, restore = _last(data, over)
+    ones = np.ones((*flat.shape[:-1], 1), flat.dtype)
+    before = np.cumprod(np.concatenate([ones, flat], axis=-1), axis=-1)[..., :-1]
+    after = np.cumprod(np.concatenate([ones, flat[..., ::-1]], axis=-1), axis=-1)[..., -2::-1]
+    return _expanded(node, R, over) * restore(before * after)
+
+
+def _last(x: Array, over: tuple[int, ...]) -> tuple[Array, Callable[[Array], Array]]:
+    """The axes `over` as the one last axis, and the way back."""
+    kept = tuple(i for i in range(x.ndim) if i not in over)
+    moved = x.transpose(*kept, *over)
+    flat = moved.reshape(*moved.shape[: len(kept)], math.prod(moved.shape[len(kept) :]))
+
+    def restore(result: Array) -> Array:
+        return result.reshape(moved.shape).transpose(np.argsort((*kept, *over)))
+
+    return flat, restore
+
+
 @vjp("ReduceMax", "ReduceMin", wrt="data")
 def extremum_data(node: Node, R: Array, *, data: Array, axes: Array | None) -> Array:
     """To the first unit, in row-major order, that attains the extremum."""
-    over = _axes(node, data.ndim, axes)
-    kept = tuple(i for i in range(data.ndim) if i not in over)
-    moved = data.transpose(*kept, *over)
-    flat = moved.reshape(*moved.shape[: len(kept)], -1)
+    flat, restore = _last(data, _axes(node, data.ndim, axes))
     winner = (flat.argmax if node.op == "ReduceMax" else flat.argmin)(axis=-1)
     gradient = np.zeros_like(flat)
     np.put_along_axis(gradient, winner[..., None], R.reshape(*winner.shape, 1), axis=-1)
-    return gradient.reshape(moved.shape).transpose(np.argsort((*kept, *over)))
+    return restore(gradient)
+
+
+def _loses(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
+    sample, over = axes[0], node["axis"] % len(node.input_shapes[0])
+    if sample is None or sample == over:
+        raise NotSamplewise
+    return sample if node["keepdims"] else sample - (over < sample)
+
+
+@operator("ArgMax", "ArgMin", batch=_loses)
+def arg_extremum(node: Node, data: Array) -> Array:
+    find = np.argmax if node.op == "ArgMax" else np.argmin
+    axis = node["axis"]
+    if not node.attributes.get("select_last_index"):
+        return find(data, axis=axis, keepdims=bool(node["keepdims"]))
+    last = find(np.flip(data, axis), axis=axis, keepdims=bool(node["keepdims"]))
+    return data.shape[axis] - 1 - last

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from helpers import Case, generators, gradient, reach, rule_tests, spread, windows
+from helpers import Case, check_vjp, generators, gradient, reach, rule_tests, spread, windows
 from hypothesis import strategies as st
+
+from rectgrad_ref.forward import NumpyForward
 
 
 @st.composite
@@ -29,9 +31,25 @@ CASES = {
     "AveragePool": pools("AveragePool"),
     "GlobalAveragePool": global_pools("GlobalAveragePool"),
     "GlobalMaxPool": global_pools("GlobalMaxPool"),
+    "LpPool": pools("LpPool"),
 }
 
 test_vjp, test_forward = rule_tests(CASES)
+
+
+def test_a_global_norm_is_that_of_one_window() -> None:
+    """No other implementation has GlobalLpPool."""
+    rng = np.random.default_rng(0)
+    X = spread(rng, 2, 3, 4, 5)
+    whole = Case("LpPool", (X,), {"kernel_shape": [4, 5], "p": 3})
+    alone = Case("GlobalLpPool", (X,), {"p": 3})
+    results = [
+        NumpyForward(np.float64)(graph, case.image, [graph.logits])[graph.logits]
+        for case in (whole, alone)
+        for graph in [case.graph()]
+    ]
+    np.testing.assert_allclose(*results)
+    check_vjp(alone, rng)
 
 
 def test_a_maximum_is_the_first_in_row_major_order() -> None:
