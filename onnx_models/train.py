@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -175,6 +176,27 @@ def forward(weights: dict[str, Tensor], images: Tensor) -> Tensor:
     x = x.reshape(len(x), m, -1).transpose(0, 1)
     x = F.relu(_dense(weights, "dense1", x))
     return _dense(weights, "dense2", x)
+
+
+def classified_rightly(
+    weights: Mapping[str, NDArray[np.float32]],
+    images: NDArray[Any],
+    labels: NDArray[np.int64],
+    *,
+    device: str = "cpu",
+) -> NDArray[np.bool_]:
+    """Which images (N,) each of M networks classifies rightly: (M, N).
+
+    `weights` is that of `Trained`; `images`, `labels` and `device` are as in `train`.
+    """
+    tensors = {name: torch.from_numpy(stack).to(device) for name, stack in weights.items()}
+    correct = []
+    with torch.no_grad():
+        for start in range(0, len(labels), 500):
+            x = torch.from_numpy(images[..., start : start + 500, :, :, :]).to(device)
+            predicted = forward(tensors, x).argmax(-1).cpu().numpy()
+            correct.append(predicted == labels[start : start + 500])
+    return np.concatenate(correct, axis=1)
 
 
 def _conv(weights: dict[str, Tensor], layer: str, x: Tensor) -> Tensor:

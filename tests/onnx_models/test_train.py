@@ -127,6 +127,19 @@ def test_each_member_may_have_its_own_images() -> None:
     assert together.losses[0][0] != together.losses[0][1]
 
 
+def test_the_images_classified_rightly_are_those_of_the_plain_network() -> None:
+    images, labels = batch(600)
+    networks = [initial_weights(seed) for seed in (0, 1)]
+    weights = {name: np.stack([network[name] for network in networks]) for name in SHAPES}
+    x = torch.from_numpy(images).float() / 127.5 - 1
+    predicted = [module_of(network)(x).argmax(1).numpy() for network in networks]
+    correct = trainer.classified_rightly(weights, images, labels)
+    assert np.array_equal(correct, np.stack(predicted) == labels)
+    own = np.stack([images, images[::-1]])
+    correct = trainer.classified_rightly(weights, own, labels)
+    assert np.array_equal(correct[1], predicted[1][::-1] == labels)
+
+
 def test_resumed_training_is_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = batch(200)
     recipe = Recipe(epochs=3)
