@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,46 @@ from .sources import Sources
 
 Arrays = Mapping[str, np.ndarray]
 Unit = Callable[[], Arrays]
+
+
+class Results(Mapping[str, Arrays]):
+    """What units found, by their names, read from the folder when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, key: str) -> Arrays:
+        if key not in self:
+            raise KeyError(key)
+        with np.load(self.path(key)) as file:
+            return {
+                name.removeprefix("result/"): file[name]
+                for name in file.files
+                if name.startswith("result/")
+            }
+
+    def __contains__(self, key: object) -> bool:
+        return self.path(str(key)).exists()
+
+    def __iter__(self) -> Iterator[str]:
+        # A temporary file of an interrupted run begins with a dot.
+        return (path.stem for path in sorted(self.folder.glob("[!.]*.npz")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def path(self, key: str) -> Path:
+        """The file of a unit."""
+        return self.folder / f"{key}.npz"
+
+    def provenance(self) -> tuple[list[str], float]:
+        """The commits at which units were computed, and how many seconds they took."""
+        commits, seconds = set(), 0.0
+        for key in self:
+            with np.load(self.path(key)) as file:
+                commits.add(str(file["commit"]))
+                seconds += float(file["seconds"])
+        return sorted(commits), seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +97,11 @@ class Experiment(ABC):
         """The SHA-256 of every network and data set that the results depend on."""
 
     @abstractmethod
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
-        """The work, cut into independent pieces of some seconds, by name."""
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
+        """The work, cut into pieces of some seconds, by name and in order.
+
+        A unit may read what units before it found in `done`, and keep a checkpoint in its folder.
+        """
 
     @abstractmethod
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
@@ -103,15 +146,15 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     machine = describe()
-    units = experiment.units(sources)
+    found = Results(folder)
+    units = experiment.units(sources, found)
     with _progress(console) as progress:
         bar = progress.add_task(experiment.name, total=len(units))
         for key, unit in units.items():
-            path = folder / f"{key}.npz"
-            if not path.exists():
-                _compute(unit, path, machine["commit"])
+            if key not in found:
+                _compute(unit, found.path(key), machine["commit"])
             progress.advance(bar)
-    found, commits, seconds = _collect(folder, list(units))
+    commits, seconds = found.provenance()
     conclusion = experiment.conclude(sources, found)
     plots = experiment.plot(conclusion, found, out)
     pictures = folder / "pictures"
@@ -123,7 +166,12 @@ def run(
         "figures": experiment.figures,
         "paper": experiment.paper,
         **identity,
-        "environment": {**machine, "commits_of_units": commits, "seconds": round(seconds, 1)},
+        "environment": {
+            **machine,
+            "device": sources.device,
+            "commits_of_units": commits,
+            "seconds": round(seconds, 1),
+        },
         "verdict": conclusion.verdict,
         **asdict(conclusion),
         "plots": plots,
@@ -168,19 +216,3 @@ def _compute(unit: Unit, path: Path, commit: str | None) -> None:
         np.savez_compressed(
             temporary, allow_pickle=False, seconds=seconds, commit=np.array(str(commit)), **arrays
         )
-
-
-def _collect(folder: Path, keys: list[str]) -> tuple[dict[str, Arrays], list[str], float]:
-    """The results of all units, the commits at which they were computed, the time they took."""
-    found: dict[str, Arrays] = {}
-    commits, seconds = set(), 0.0
-    for key in keys:
-        with np.load(folder / f"{key}.npz") as file:
-            found[key] = {
-                name.removeprefix("result/"): file[name]
-                for name in file.files
-                if name.startswith("result/")
-            }
-            commits.add(str(file["commit"]))
-            seconds += float(file["seconds"])
-    return found, sorted(commits), seconds

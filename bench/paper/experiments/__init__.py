@@ -10,6 +10,7 @@ from .feature_maps import FeatureMaps
 from .layer_wise import LayerWise
 from .noise_level import NoiseLevel
 from .propagation_rules import PropagationRules
+from .roar import Roar
 from .side_by_side import SideBySide
 from .threshold_sweep import ThresholdSweep
 from .training_occlusion import TrainingOcclusion
@@ -27,5 +28,6 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         LayerWise,
         NoiseLevel,
         PropagationRules,
+        Roar,
     )
 }

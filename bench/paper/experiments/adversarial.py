@@ -17,7 +17,7 @@ from rectgrad_ref.methods import Method
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, lower_than
 from ..maps import OURS, RECTGRAD, heatmaps, imagenet_methods, paper_methods, shown, similarity
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
 
 
@@ -56,7 +56,7 @@ class Adversarial(Experiment):
             **sources.needed_classifier().checksums(self.photos),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer = sources.network()
         images, methods = sources.test.images[: self.images], paper_methods(sources.seed)
         units: dict[str, Unit] = {

@@ -15,7 +15,7 @@ from rectgrad_ref import picture
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
 from ..maps import OURS, heatmaps, imagenet_methods, object_share, paper_methods, shown
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
 
 _KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
@@ -53,7 +53,7 @@ class Coherence(Experiment):
             "masked images": checksum(chosen.keys, chosen.background),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer, methods = sources.network(), paper_methods(sources.seed)
         chosen = sources.correctly_classified(self.masked)
 

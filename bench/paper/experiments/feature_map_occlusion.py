@@ -17,7 +17,7 @@ from rectgrad_ref.onnx_models.cifar10_cnn import network_path
 from .. import plots
 from ..evidence import Claim, Comparison, Conclusion, Table, compare, number, p_value
 from ..maps import resized_background
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Masked, Sources, checksum, normalized
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
@@ -62,7 +62,7 @@ class FeatureMapOcclusion(Experiment):
             "masked images": checksum(chosen.keys, chosen.background),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         chosen = sources.correctly_classified(self.masked)
         return {
             f"{layer}-{key}": partial(self._occlude, sources.seed, layer, chosen.pick(rows))

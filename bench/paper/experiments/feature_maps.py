@@ -17,7 +17,7 @@ from rectgrad_ref.explainer import Explainer
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
 from ..maps import resized_background, total_variation
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Masked, Sources, checksum, normalized
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
@@ -55,7 +55,7 @@ class FeatureMaps(Experiment):
             "masked images": checksum(chosen.keys, chosen.background),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer = sources.network()
         chosen = sources.correctly_classified(self.masked)
         return {

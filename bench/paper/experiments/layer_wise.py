@@ -17,7 +17,7 @@ from rectgrad_ref.methods import Method, RectGrad, Saliency
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
 from ..maps import RECTGRAD, object_share, resized_background
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Masked, Sources, checksum, normalized
 
 LAYERS = ("relu4", "relu3", "relu2", "relu1")
@@ -57,7 +57,7 @@ class LayerWise(Experiment):
             "masked images": checksum(chosen.keys, chosen.background),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer = sources.network()
         chosen = sources.correctly_classified(self.masked)
         return {

@@ -31,7 +31,7 @@ from ..maps import (
     paper_methods,
     total_variation,
 )
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
 
 PAPER_BACKGROUND = {RECTGRAD: 450.0, PRR: 300.0}  # over all 100 images
@@ -88,7 +88,7 @@ class NoiseLevel(Experiment):
             "train": checksum(sources.train.images[: self.images]),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer, methods = sources.network(), paper_methods(sources.seed)
         chosen = sources.correctly_classified(self.masked)
 

@@ -18,7 +18,7 @@ from .. import plots
 from ..deletion import deletion_curve
 from ..evidence import Claim, Conclusion, Table, compare, lower_than, number, p_value
 from ..maps import background_attribution, heatmaps, object_share, total_variation
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Masked, Sources, checksum, normalized
 
 RULES = {
@@ -75,7 +75,7 @@ class PropagationRules(Experiment):
             "test": checksum(sources.test.images[: self.images]),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer = sources.network()
         chosen = sources.correctly_classified(self.masked)
         images = sources.test.images[: self.images]

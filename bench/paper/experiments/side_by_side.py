@@ -14,7 +14,7 @@ from rectgrad_ref import picture
 
 from ..evidence import Conclusion, Table
 from ..maps import concentration, figure_1_methods, heatmaps, nonzero
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources
 
 
@@ -42,7 +42,7 @@ class SideBySide(Experiment):
     def inputs(self, sources: Sources) -> dict[str, str]:
         return sources.needed_classifier().checksums(self.photos)
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         classifier = sources.needed_classifier()
         explainer = classifier.load(sources.backend)
         photos = list(classifier.pictures(self.photos).values())

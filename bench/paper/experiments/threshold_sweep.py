@@ -18,7 +18,7 @@ from rectgrad_ref.methods import RectGrad
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
 from ..maps import heatmaps, nonzero, similarity
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
 
 THRESHOLDS = {
@@ -61,7 +61,7 @@ class ThresholdSweep(Experiment):
             **sources.needed_classifier().checksums(self.photos),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer, images = sources.network(), sources.test.images[: self.images]
         units: dict[str, Unit] = {
             f"cifar-{key}": partial(_sweep_arrays, explainer, normalized(images[rows]))

@@ -25,7 +25,7 @@ from ..evidence import (
     quartiles,
 )
 from ..maps import OURS, PRR, RECTGRAD, heatmaps, measured, paper_methods
-from ..runner import Arrays, Experiment, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
 
 _PATCH = (slice(None), slice(0, 8), slice(0, 8))  # beyond it, the receptive field sees the image
@@ -73,7 +73,7 @@ class TrainingOcclusion(Experiment):
             "images": checksum(sources.occluded_test[: self.images]),
         }
 
-    def units(self, sources: Sources) -> Mapping[str, Unit]:
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         explainer = sources.network(occluded=True)
         methods = paper_methods(sources.seed)
 
