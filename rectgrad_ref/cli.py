@@ -448,6 +448,7 @@ def _facts(explainer: Explainer) -> dict[str, Any]:
         "inputs": [_described(v) for v in proto.graph.input if v.name not in weights],
         "outputs": [_described(v) for v in proto.graph.output],
         "image": graph.input,
+        "image_shape": list(graph.shapes[graph.input] or ()),
         "layout": explainer.layout,
         "scores": graph.logits,
         "head": graph.head,
@@ -492,6 +493,7 @@ def _show(facts: dict[str, Any], rules: Sequence[str], as_json: bool) -> None:
         for value in facts[kind]:
             shape = ", ".join("?" if n is None else str(n) for n in value["shape"])
             print(f"{kind[:-1]:8}{value['name']}: {value['dtype']} ({shape})")
+    print(f"{'image':8}{facts['image']}, planned for as {tuple(facts['image_shape'])}")
     before = f" (before {facts['head']})" if facts["head"] else ""
     print(f"{'scores':8}{facts['scores']}{before}: {facts['classes']} classes")
     print(f"{'layers':8}{len(facts['layers'])} activations")

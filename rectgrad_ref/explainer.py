@@ -28,6 +28,7 @@ from .rules.declared import Rectify
 # Activations, gradients and temporaries of one chunk may together take about this much.
 _CHUNK_BYTES = 2**30
 _LAYOUT_AXES = 4
+_EXTENT = 224  # of an example, where the file leaves it open
 
 Targets = int | str | Sequence[int | str] | np.ndarray | None
 
@@ -202,12 +203,13 @@ class Explainer:
     ) -> PlanListing:
         """What an explanation will do: one row a backward step; `print` shows a table.
 
+        An input of symbolic height and width is planned for at the size of the last image, at first
+        for 224 × 224.
+
         Raises
         ------
         UnsupportedOperator
             A node on the path from the input to the logits has no rule.
-        InvalidModel
-            The input's height or width is symbolic, and no image has been explained yet.
         """
         chosen = make_method(method, preset, **options)
         prepared = self._prepare(self._example_shape(), chosen)
@@ -215,7 +217,7 @@ class Explainer:
 
     @property
     def graph(self) -> Graph:
-        """The frozen graph for one image."""
+        """The frozen graph for one image, of the size that `plan` takes."""
         return self._graph(self._example_shape())
 
     @property
@@ -279,22 +281,13 @@ class Explainer:
         return self._graphs[shape]
 
     def _example_shape(self, batch: int = 1) -> tuple[int, ...]:
-        declared = self.input.shape
-        if None in declared[1:]:
-            known = next(reversed(self._graphs), None)
-            if known is None:
-                raise InvalidModel(
-                    f"{self.model.name}: the input's extents {declared} are symbolic; explain an "
-                    "image first"
-                )
-            return (batch, *known[1:])
-        return (batch, *(n for n in declared[1:] if n is not None))
+        if self._graphs:
+            return (batch, *next(reversed(self._graphs))[1:])
+        return (batch, *(_EXTENT if n is None else n for n in self.input.shape[1:]))
 
     def _proves_samples(self) -> bool:
         """Whether a batch of two provably gives each sample what it would get alone."""
-        declared = self.input.shape
-        # Symbolic spatial extents: any will do to see where the sample axis goes.
-        shape = (2, *(224 if n is None else n for n in declared[1:]))
+        shape = self._example_shape(batch=2)
         try:
             graph = freeze(self.model, shape, input=self.input.name, output=self._output)
             return analysis.is_samplewise(graph)

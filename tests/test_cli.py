@@ -374,6 +374,7 @@ def test_inspect_shows_the_plan_from_input_to_scores() -> None:
     assert facts["inputs"] == [{"name": "x", "dtype": "float", "shape": ["N", 3, 8, 8]}]
     assert [value["name"] for value in facts["outputs"]] == ["scores"]
     assert (facts["scores"], facts["head"], facts["classes"]) == ("scores", None, 3)
+    assert (facts["image"], facts["image_shape"]) == ("x", [1, 3, 8, 8])
     assert facts["layers"] == ["relu"]
     assert facts["class_names"] == NAMES
     assert facts["nodes"] == r.Explainer("net.onnx").plan().rows()[::-1]
