@@ -118,11 +118,19 @@ def _require_vjp(
 ) -> None:
     if node.op in OPERATORS and all(find_vjp(node.op, p) for p in positions):
         return
-    names = [n.name for n in nodes]
-    where = names.index(node.name)
-    around = [graph.input, "…", *names[max(where - 1, 0) : where + 2], "…", graph.logits]
     supported = ", ".join(sorted(op for op, known in OPERATORS.items() if known.vjps))
     raise UnsupportedOperator(
         f"{node} ({graph.model.name}, opset {graph.model.opset}): no backward rule; on the path "
-        f"{' → '.join(around)}. Supported: {supported}."
+        f"{_path_at(graph, node, nodes)}. Supported: {supported}."
     )
+
+
+def _path_at(graph: Graph, node: Node, nodes: Sequence[Node]) -> str:
+    """The path from the input to the logits, of which only what is next to `node` is told."""
+    names = [n.name for n in nodes]
+    first, end = max(names.index(node.name) - 1, 0), names.index(node.name) + 2
+    before, after = ["…"] * (first > 0), ["…"] * (end < len(names))
+    path = [graph.input, *before, *names[first:end], *after]
+    if path[-1] != graph.logits:  # many nodes are called what their output is
+        path.append(graph.logits)
+    return " → ".join(path)
