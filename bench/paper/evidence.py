@@ -39,6 +39,8 @@ class Conclusion:
         How much was run, and how much the paper ran.
     numbers
         Everything that tables, claims and plots show, as plain data.
+    reduced
+        Whether the protocol itself was cut down, so that numbers are not the paper's quantities.
     """
 
     scale: str
@@ -46,6 +48,7 @@ class Conclusion:
     tables: list[Table]
     claims: list[Claim]
     remarks: list[str] = field(default_factory=list)
+    reduced: bool = False
 
     @property
     def verdict(self) -> str:
@@ -53,9 +56,10 @@ class Conclusion:
         if not self.claims:
             return "pictures only"
         held = sum(claim.holds for claim in self.claims)
+        outcome = "partly reproduced" if held else "not reproduced"
         if held == len(self.claims):
-            return "reproduced"
-        return "partly reproduced" if held else "not reproduced"
+            outcome = "reproduced"
+        return f"{outcome} by a reduced protocol" if self.reduced else outcome
 
 
 @dataclass(frozen=True)

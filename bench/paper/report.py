@@ -100,7 +100,9 @@ def _count(claims: Sequence[dict[str, Any]]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for line in (head, ["---"] * len(head), *rows):
-        yield f"| {' | '.join(line)} |"
+        # A bar within a cell, as in Σ|map|, would end it.
+        cells = [cell.replace("|", r"\|") for cell in line]
+        yield f"| {' | '.join(cells)} |"
     yield ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -148,11 +149,12 @@ class Sources:
                 "and name the folder of the CIFAR-10 masks with --masks"
             )
         found: dict[int, np.ndarray] = {}
-        for path in sorted(self.masks.glob("*_mask.jpg"), key=_by_class_and_number):
-            picture = path.with_name(path.name.replace("_mask", ""))
-            if picture.exists():
-                index = self._nearest(picture, CLASS_NAMES.index(_parts(path)[0]))
-                found.setdefault(index, np.asarray(Image.open(path).convert("L")) < 200)
+        masks = sorted(self.masks.glob("*_mask.jpg"), key=_class_and_number)
+        for label, group in itertools.groupby(masks, key=lambda path: _class_and_number(path)[0]):
+            pairs = [(path, picture) for path in group if (picture := _picture_of(path)).exists()]
+            nearest = self._nearest([picture for _, picture in pairs], label)
+            for key, (path, _) in zip(nearest, pairs, strict=True):
+                found.setdefault(key, np.asarray(Image.open(path).convert("L")) < 200)
         if not found:
             raise InvalidImage(f"{self.masks} has no files named like cat_1.jpg and cat_1_mask.jpg")
         keys = np.array(list(found))
@@ -175,16 +177,22 @@ class Sources:
             )
         return self.classifier
 
-    def _nearest(self, path: Path, label: int) -> int:
-        """Position of a JPEG's original among the training images of its class."""
-        pixels = np.asarray(Image.open(path).convert("RGB"))[..., ::-1].transpose(2, 0, 1)
+    def _nearest(self, paths: Sequence[Path], label: int) -> list[int]:
+        """Positions of the JPEGs' originals among the training images of their class."""
+        if not paths:
+            return []
         candidates = np.flatnonzero(self.train.labels == label)
-        difference = np.abs(self.train.images[candidates].astype(np.int16) - pixels)
-        distance = difference.mean(axis=(1, 2, 3))
-        best = int(distance.argmin())
-        if distance[best] > _SAME_PICTURE:
+        originals = self.train.images[candidates].reshape(len(candidates), -1).astype(np.float32)
+        channels_last = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+        rgb = channels_last[..., ::-1].transpose(0, 3, 1, 2)
+        pictures = rgb.reshape(len(paths), -1).astype(np.float32)
+        # The squared distance, but for what is the same for all candidates.
+        best = ((originals**2).sum(axis=1) - 2 * pictures @ originals.T).argmin(axis=1)
+        difference = np.abs(originals[best] - pictures).mean(axis=1)
+        if difference.max() > _SAME_PICTURE:
+            path = paths[int(difference.argmax())]
             raise InvalidImage(f"{path} is not a {CLASS_NAMES[label]} of CIFAR-10's training set")
-        return int(candidates[best])
+        return [int(key) for key in candidates[best]]
 
 
 def inception_v4() -> Classifier | None:
@@ -209,13 +217,12 @@ def checksum(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _parts(path: Path) -> tuple[str, int]:
+def _picture_of(mask: Path) -> Path:
+    return mask.with_name(mask.name.replace("_mask", ""))
+
+
+def _class_and_number(path: Path) -> tuple[int, int]:
     match = _MASK_FILE.fullmatch(path.name)
     if match is None or match["label"] not in CLASS_NAMES:
         raise InvalidImage(f"{path} is not named like cat_1_mask.jpg")
-    return match["label"], int(match["number"])
-
-
-def _by_class_and_number(path: Path) -> tuple[int, int]:
-    label, number = _parts(path)
-    return CLASS_NAMES.index(label), number
+    return CLASS_NAMES.index(match["label"]), int(match["number"])

@@ -183,11 +183,9 @@ class Roar(Experiment):
         span = f"[{low:g}, {high:g}]"
         head = ["estimator", f"ROAR AUC {span}", "[0, 1]", "paper"]
         head += [f"KAR AOC {span}", "[0, 1]", "paper"]
-        full = Roar()
-        reduced = "" if self == full else "**Reduced protocol:** "
         return Conclusion(
             scale=(
-                f"{reduced}{self.train_images:,} of 50,000 training and {self.test_images:,} of "
+                f"{self.train_images:,} of 50,000 training and {self.test_images:,} of "
                 f"10,000 test images, {self.epochs} of 20 epochs, {self.networks} of 3 networks "
                 f"for each of {len(self.fractions)} of 5 fractions; unmodified accuracy "
                 f"{plain:.1%}."
@@ -211,6 +209,7 @@ class Roar(Experiment):
                 )
             ],
             claims=claims,
+            reduced=self != Roar(),
             remarks=[
                 "Significance is paired over test images, of each image's area averaged over "
                 "networks.",

@@ -1,0 +1,450 @@
+"""The paper's experiments run, go on where they were stopped, and reckon right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.special import log_softmax, softmax
+from typer.testing import CliRunner
+
+pytest.importorskip("onnxruntime")
+
+from bench.paper import report, sources
+from bench.paper.__main__ import HERE, app
+from bench.paper.deletion import deletion_curve
+from bench.paper.evidence import Claim, Conclusion, Table, compare
+from bench.paper.experiments import EXPERIMENTS, feature_map_occlusion, roar
+from bench.paper.experiments.adversarial import fast_gradient_sign, value_range
+from bench.paper.maps import (
+    RECTGRAD,
+    background_attribution,
+    concentration,
+    measured,
+    object_share,
+    resized_background,
+    shown,
+    similarity,
+    total_variation,
+)
+from bench.paper.runner import Arrays, Experiment, Results, Unit, run, stacked
+from bench.paper.sources import Classifier, Masked, Sources, normalized
+from rectgrad_ref import Explainer
+from rectgrad_ref.errors import InvalidImage, InvalidModel
+from rectgrad_ref.onnx_models.cifar10 import CLASS_NAMES, Cifar10, occlude
+from rectgrad_ref.onnx_models.cifar10_cnn import network_path
+
+pytestmark = pytest.mark.filterwarnings("ignore::rectgrad_ref.errors.RectGradWarning")
+
+TINY: dict[str, dict[str, Any]] = {
+    "side_by_side": {"photos": 1},
+    "training_occlusion": {"images": 3, "batch": 2},
+    "feature_map_occlusion": {"masked": 2, "steps": 3, "trials": 2},
+    "feature_maps": {"masked": 2, "noisy": 1},
+    "threshold_sweep": {"images": 3, "photos": 1},
+    "coherence": {"masked": 2, "photos": 1},
+    "adversarial": {"images": 3, "photos": 1},
+    "layer_wise": {"masked": 2, "photos": 1},
+    "noise_level": {"masked": 2, "images": 2},
+    "propagation_rules": {"masked": 2, "images": 3, "steps": 3, "photos": 1},
+    "roar": {
+        "train_images": 3,
+        "test_images": 3,
+        "fractions": (0.1, 0.9),
+        "epochs": 1,
+        "networks": 1,
+    },
+}
+
+
+def blobs(n: int, seed: int = 0) -> np.ndarray:
+    """Smooth pictures (n, 3, 32, 32)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, 3, 8, 8), np.uint8)
+    return coarse.repeat(4, axis=2).repeat(4, axis=3)
+
+
+@pytest.fixture(scope="module")
+def small() -> Sources:
+    """Stand-ins for the data, rightly classified by definition."""
+    # Another name than "cpu", so that networks are trained in stacks as on a GPU.
+    classifier = Classifier(network_path(), "cifar10")
+    made = Sources(classifier=classifier, backend="cpu", device="cpu:0")
+    explainer = made.network()
+    for name, images in (("train", blobs(12)), ("test", blobs(6, seed=1))):
+        labels = explainer.explain(normalized(images), method="random").logits.argmax(axis=1)
+        made.__dict__[name] = Cifar10(images, labels, CLASS_NAMES)
+    background = np.ones((12, 32, 32), bool)
+    background[:, 8:24, 8:24] = False
+    made.__dict__["occluded_test"] = occlude(made.test.images)
+    made.__dict__["masked"] = Masked(
+        np.arange(12), made.train.images, made.train.labels, background
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs(name: str, small: Sources, tmp_path: Path) -> None:
+    if name == "roar":
+        pytest.importorskip("torch")
+    out = tmp_path / "results"
+    experiment = EXPERIMENTS[name](**TINY[name])
+    path = run(experiment, small, work=tmp_path / "work", out=out, console=Console(quiet=True))
+    record = json.loads(path.read_text("utf-8"))
+    assert record["experiment"] == name and record["settings"].keys() == TINY[name].keys() | {
+        field for field in record["settings"]
+    }
+    assert record["environment"]["versions"]["numpy"] == np.__version__
+    assert record["environment"]["commits_of_units"] and record["inputs"]
+    assert all((out / plot).stat().st_size > 5000 for plot in record["plots"])
+    assert record["tables"] and record["numbers"]
+    assert "NaN" not in path.read_text("utf-8")
+    report.write(out, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert f"## {record['title']} ({record['figures']})" in text
+    for claim in record["claims"]:
+        assert f"- {'✓' if claim['holds'] else '✗'} {claim['text']}" in text
+
+
+def test_experiments_are_the_papers_by_default() -> None:
+    full = EXPERIMENTS["roar"]()
+    assert (full.train_images, full.epochs, full.networks) == (50_000, 20, 3)  # type: ignore[attr-defined]
+    assert all(set(cls.quick) <= {*cls.__dataclass_fields__} for cls in EXPERIMENTS.values())
+
+
+# --- the runner ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Experiment):
+    """Squares of numbers; it counts how often it is asked, and may fail."""
+
+    name: ClassVar[str] = "counting"
+    title: ClassVar[str] = "Counting"
+    figures: ClassVar[str] = "figure 0"
+    paper: ClassVar[str] = "It counts."
+    asked: ClassVar[list[int]] = []
+    fails_at: ClassVar[int | None] = None
+
+    count: int = 4
+
+    def inputs(self, sources: Sources) -> dict[str, str]:
+        return {}
+
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
+        def square(i: int) -> Arrays:
+            if i == type(self).fails_at:
+                raise KeyboardInterrupt
+            self.asked.append(i)
+            return {"square": np.array([i * i])}
+
+        return {f"{i}": partial(square, i) for i in range(self.count)}
+
+    def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
+        squares = stacked(found)["square"].tolist()
+        claim = Claim("It counts", squares == [i * i for i in range(self.count)], str(squares))
+        return Conclusion("four", {"squares": squares}, [Table(["a|b"], [["1"]])], [claim])
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
+    monkeypatch.setattr(Counting, "asked", [])
+    monkeypatch.setattr(Counting, "fails_at", None)
+    return Counting
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    counting: type[Counting], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    go = partial(
+        run,
+        sources=Sources(),
+        work=tmp_path / "work",
+        out=tmp_path / "out",
+        console=Console(quiet=True),
+    )
+    monkeypatch.setattr(counting, "fails_at", 2)
+    with pytest.raises(KeyboardInterrupt):
+        go(counting())
+    assert not (tmp_path / "out" / "counting.json").exists()
+    # What a kill during a write leaves behind.
+    (next((tmp_path / "work").iterdir()) / ".2.x.npz").write_bytes(b"half")
+    monkeypatch.setattr(counting, "fails_at", None)
+    record = json.loads(go(counting()).read_text("utf-8"))
+    assert counting.asked == [0, 1, 2, 3] and record["verdict"] == "reproduced"
+    go(counting())
+    assert counting.asked == [0, 1, 2, 3]
+    go(counting(count=2))
+    go(counting(count=2), sources=Sources(seed=1))
+    assert counting.asked[4:] == [0, 1, 0, 1]
+
+
+def test_the_verdict_counts_claims() -> None:
+    def verdict(*holds: bool, reduced: bool = False) -> str:
+        claims = [Claim("", h, "") for h in holds]
+        return Conclusion("", {}, [], claims, reduced=reduced).verdict
+
+    assert verdict(True, True) == "reproduced"
+    assert verdict(True, False) == "partly reproduced"
+    assert verdict(False) == "not reproduced"
+    assert verdict(True, reduced=True) == "reproduced by a reduced protocol"
+    assert verdict() == "pictures only"
+
+
+def test_bars_do_not_break_tables() -> None:
+    assert next(report._table(["Σ|x|"], [])) == r"| Σ\|x\| |"
+
+
+def test_the_published_report_is_made_of_the_published_numbers(tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to(HERE / "results")
+    report.write(tmp_path / "results", tmp_path / "RESULTS.md")
+    made = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert made == (HERE / "RESULTS.md").read_text("utf-8")
+
+
+# --- statistics and measures ----------------------------------------------------------------------
+
+
+def test_comparisons_are_paired_and_corrected() -> None:
+    rng = np.random.default_rng(0)
+    ours = rng.normal(size=200)
+    pairs = compare(
+        ours,
+        {
+            "higher": ours + 0.1 + 0.01 * rng.normal(size=200),
+            "same": ours,
+            "noise": ours + rng.normal(size=200),
+        },
+    )
+    assert pairs["higher"].lower and pairs["higher"].wins == 1 and not pairs["higher"].higher
+    assert pairs["higher"].median == pytest.approx(-0.1, abs=0.01)
+    assert pairs["same"].wins == 0.5 and pairs["same"].p == 1
+    assert not pairs["noise"].lower and not pairs["noise"].higher
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_tests() -> None:
+    from bench.paper.evidence import _holm
+
+    assert _holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert _holm([0.9, 0.8]) == [1, 1]
+
+
+def test_measures_on_a_map_done_by_hand() -> None:
+    heatmap = np.array([[[1.0, -2.0], [0.0, 3.0]]])
+    background = np.array([[[True, True], [False, False]]])
+    assert total_variation(heatmap).tolist() == [1 + 5 + 3 + 3]
+    assert background_attribution(heatmap, background).tolist() == [3]
+    assert object_share(heatmap, background).tolist() == [0.5]
+    assert object_share(np.zeros_like(heatmap), background).tolist() == [0.5]
+    assert similarity(heatmap, 2 * heatmap).tolist() == pytest.approx([1])
+    assert similarity(heatmap, 0 * heatmap).tolist() == [0]
+    twenty = np.ones((1, 4, 5))
+    twenty[0, 0, 0] = -81
+    assert concentration(twenty).tolist() == [0.81]
+
+
+def test_only_baselines_are_made_sparse() -> None:
+    heatmap = np.arange(1.0, 1025).reshape(1, 32, 32)
+    maps = {RECTGRAD: heatmap, "Saliency": heatmap}
+    assert (measured(maps)[RECTGRAD] == heatmap).all()
+    assert (measured(maps)["Saliency"] > 0).sum() == 52  # those above the 95th percentile
+    assert measured(maps)["Saliency"].max() == 1024
+    assert (shown(maps, sparse=True)["Saliency"] > 0).sum() == 52
+    assert (shown(maps, sparse=False)["Saliency"] > 0).sum() == 1024 - 6
+
+
+def test_a_background_is_resized_as_a_mask() -> None:
+    background = np.ones((1, 32, 32), bool)
+    background[:, 8:24, 8:24] = False
+    half = resized_background(background, 16)
+    assert half.shape == (1, 16, 16) and not half[0, 5:11, 5:11].any()
+    assert half[0, :3].all() and half[0, :, :3].all()
+
+
+def test_deletion_replaces_the_largest_first(small: Sources) -> None:
+    explainer, x = small.network(), normalized(small.test.images[:2])
+    heatmap = np.random.default_rng(0).normal(size=(2, 32, 32))
+    colour = np.array([0.1, 0.2, 0.3], np.float32)
+    curve = deletion_curve(explainer, x, heatmap, colour, 5)
+    half = np.where((heatmap > np.median(heatmap, axis=(1, 2))[:, None, None])[:, None], 0, x)
+    half += np.where(half == 0, colour[:, None, None], 0).astype(np.float32)
+    logits = explainer.explain(x, method="random").logits
+    later = explainer.explain(half, method="random").logits
+    rows, target = np.arange(2), logits.argmax(axis=1)
+    assert curve.shape == (2, 5)
+    assert curve[:, 0] == pytest.approx(softmax(logits, axis=1)[rows, target], abs=1e-6)
+    assert curve[:, 2] == pytest.approx(softmax(later, axis=1)[rows, target], abs=1e-6)
+
+
+# --- single experiments -------------------------------------------------------------------------
+
+
+def test_occlusion_begins_with_the_network_itself_and_ends_with_zeros(small: Sources) -> None:
+    before, after = feature_map_occlusion._split("relu3")
+    x = normalized(small.train.images[:1])
+    where = np.zeros((16, 16), bool)
+    where[4:9, 2:7] = True
+    experiment = feature_map_occlusion.FeatureMapOcclusion(steps=3, trials=2)
+    a = before(x)
+    logits = experiment._logits(a[0], where, after, np.random.default_rng(0))
+    assert logits.shape == (2, 3, 10)
+    assert logits[:, 0] == pytest.approx(
+        np.repeat(small.network().explain(x, method="random").logits, 2, axis=0), abs=1e-4
+    )
+    assert logits[:, 2] == pytest.approx(
+        np.repeat(after(np.where(where, 0, a).astype(np.float32)), 2, axis=0), abs=1e-4
+    )
+    assert not np.allclose(logits[0, 1], logits[1, 1])
+    margins = feature_map_occlusion._margin(np.array([[3.0, 1.0, 5.0], [7.0, 1.0, 5.0]]), 0)
+    assert margins.tolist() == [-2, 2]
+
+
+def test_the_attack_follows_the_gradient_of_the_loss() -> None:
+    explainer = Explainer(network_path(), backend="reference")
+    x = normalized(blobs(1, seed=3)).astype(np.float64) * 0.9
+    attacked = fast_gradient_sign(explainer, x, 0.01, (-1, 1))
+    assert np.abs(attacked - x).max() == pytest.approx(0.01)
+    target = explainer.explain(x, method="random").logits[0].argmax()
+
+    def loss(image: np.ndarray) -> float:
+        logits = explainer.explain(image, method="random").logits
+        return float(-log_softmax(logits, axis=1)[0, target])
+
+    rng = np.random.default_rng(0)
+    for c, i, j in zip(*(rng.integers(0, n, 8) for n in (3, 32, 32)), strict=True):
+        step = np.zeros_like(x)
+        step[0, c, i, j] = 1e-5
+        slope = loss(x + step) - loss(x - step)
+        assert np.sign(slope) == np.sign(attacked - x)[0, c, i, j]
+
+
+def test_an_attack_stays_within_the_pictures_range() -> None:
+    explainer = Explainer(network_path(), backend="cpu", preprocess="cifar10")
+    white = normalized(np.full((1, 3, 32, 32), 255, np.uint8))
+    low, high = value_range(explainer, white)
+    assert low.min() == low.max() == -1 and high.min() == high.max() == 1
+    attacked = fast_gradient_sign(explainer, white, 0.01, (low, high))
+    assert attacked.max() == 1 and attacked.min() == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.9])
+def test_ranks_decide_as_percentiles_do(fraction: float) -> None:
+    rng = np.random.default_rng(1)
+    heatmap = rng.normal(size=(3, 32, 32))
+    ranks = heatmap.reshape(3, -1).argsort(axis=1).argsort(axis=1).reshape(3, 32, 32)
+    images = blobs(3)
+    colour = np.array([10.2, 20.7, 30.0])
+    threshold = np.percentile(heatmap, 100 - 100 * fraction, axis=(1, 2), keepdims=True)
+    for test, replaced in (("ROAR", heatmap > threshold), ("KAR", heatmap < threshold)):
+        modified = roar.modify(images, ranks, test, fraction, colour)  # type: ignore[arg-type]
+        expected = np.where(replaced[:, None], np.array([10, 21, 30])[:, None, None], images)
+        assert (modified == expected).all() and modified.dtype == np.uint8
+
+
+def test_ranks_do_not_depend_on_the_batch(small: Sources) -> None:
+    explainer, method = small.network(), roar.estimators()["SmoothGrad"]
+    images = small.train.images
+    whole = roar.pixel_ranks(explainer, method, images, slice(0, 4), 0)["ranks"]
+    part = roar.pixel_ranks(explainer, method, images, slice(2, 4), 0)["ranks"]
+    assert (np.sort(whole.reshape(4, -1), axis=1) == np.arange(1024)).all()
+    assert (whole[2:] == part).mean() > 0.99  # sums in another order may swap neighbours
+
+
+def test_areas_by_the_trapezoid_rule() -> None:
+    curves = np.array([[0.6], [0.4]])
+    ends = [np.array([0.8]), np.array([0.1])]
+    under = roar.area(np.array([0.25, 0.75]), curves, ends, over=False)
+    assert under.inner == pytest.approx(0.5)
+    assert under.whole == pytest.approx(0.25 * 0.7 + 0.5 * 0.5 + 0.25 * 0.25)
+    over = roar.area(np.array([0.25, 0.75]), curves, ends, over=True)
+    assert over.inner == pytest.approx(0.5) and over.whole == pytest.approx(1 - under.whole)
+
+
+def test_the_same_networks_are_trained_in_stacks_and_alone() -> None:
+    experiment = roar.Roar(fractions=(0.1, 0.9), networks=2)
+    alone = list(experiment._stacks(1))
+    together = list(experiment._stacks(4))
+    assert [m for stack in alone for m in stack] == [m for stack in together for m in stack]
+    assert len(alone) == 2 + 2 * 8 * 2 * 2 and max(map(len, together)) == 4
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidImage, match="--masks"):
+        _ = Sources().masked
+    with pytest.raises(InvalidModel, match="--classifier"):
+        Sources(classifier=None).needed_classifier()
+    with pytest.raises(InvalidImage, match="cat_1_mask"):
+        sources._class_and_number(Path("kitten_1_mask.jpg"))
+    with pytest.raises(InvalidImage, match="no files"):
+        _ = Sources(masks=tmp_path).masked
+
+
+@pytest.fixture(scope="module")
+def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """The real data."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    unpack = shared_data / "cifar10" / "unpack.py"
+    subprocess.run([sys.executable, unpack, folder], check=True, capture_output=True)
+    models = shared_data / "models"
+    return Sources(
+        cifar=folder,
+        masks=shared_data / "cifar10_masks",
+        classifier=Classifier(
+            models / "imagenet_squeezenet1.1_logits.onnx",
+            "caffe",
+            models / "imagenet_synsets.txt",
+            sorted((shared_data / "photos").iterdir()),
+        ),
+        backend="cpu",
+    )
+
+
+def test_masks_find_their_training_images(real: Sources, shared_data: Path) -> None:
+    with (shared_data / "cifar10_masks" / "mask_index.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert set(real.masked.keys.tolist()) == {int(row["cifar10_index"]) for row in rows}
+    assert len(set(real.masked.keys.tolist())) == len(real.masked.keys)
+    chosen = real.correctly_classified(10)
+    assert np.bincount(chosen.labels).tolist() == [10] * 10
+    assert 0.3 < chosen.background.mean() < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_quick_runs_on_the_real_data(name: str, real: Sources, tmp_path: Path) -> None:
+    if name == "roar":
+        pytest.importorskip("torch")
+    cls = EXPERIMENTS[name]
+    run(cls(**cls.quick), real, work=tmp_path, out=tmp_path / "out", console=Console(quiet=True))
+    assert (tmp_path / "out" / f"{name}.json").exists()
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    invoke = partial(CliRunner().invoke, app)
+    done = invoke(["nonsense", "--work", str(tmp_path), "--out", str(tmp_path / "results")])
+    assert done.exit_code == 2 and "nonsense" in done.output
+    arguments = ["roar", "--set", "epocs=3", "--work", str(tmp_path), "--out", str(tmp_path / "r")]
+    done = invoke(arguments)
+    assert done.exit_code == 2 and "epocs" in done.output
+
+
+def test_missing_data_end_with_a_message(tmp_path: Path) -> None:
+    arguments = ["training_occlusion", "--cifar", str(tmp_path), "--out", str(tmp_path / "results")]
+    done = CliRunner().invoke(app, [*arguments, "--work", str(tmp_path)])
+    assert done.exit_code == 1 and "CIFAR-10" in done.output
+    assert "not run yet" in (tmp_path / "RESULTS.md").read_text("utf-8")
