@@ -24,6 +24,9 @@ Page = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a page.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Preprocess = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="How pictures become input.")
+]
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="ONNX file, where the bundle does not contain it.")
 ]
@@ -62,9 +65,7 @@ def make_bundle(
     dtype: Annotated[
         Literal["float32", "float64"] | None, typer.Option(help="On the reference backend.")
     ] = None,
-    preprocess: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="How pictures become input.")
-    ] = None,
+    preprocess: Preprocess = None,
 ) -> None:
     """Explain images and write what another implementation is compared with."""
     from ..cli import _methods, _targets
@@ -123,6 +124,49 @@ def compare_bundle(
     else:
         _print(report.text(comparison, diagnosis))
     if not comparison.agrees or diagnosis.verdict == "explained":
+        raise typer.Exit(1)
+
+
+@app.command("self")
+def verify_self(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="ONNX file; by default the package's network."),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="Picture; by default seeded noise. Repeatable."),
+    ] = None,
+    preprocess: Preprocess = None,
+    input_name: Annotated[str | None, typer.Option("--input", help="The image input.")] = None,
+    output_name: Annotated[str | None, typer.Option("--output", help="The class scores.")] = None,
+    page: Page = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify this package on your model and machine, and print a certificate."""
+    from rich.console import Console
+
+    from . import report
+    from .certify import certify
+
+    console = Console(stderr=True)
+    with _reporting():
+        with console.status("loading") as status:
+            certificate = certify(
+                model,
+                image,
+                preprocess=preprocess,
+                input=input_name,
+                output=output_name,
+                tell=status.update,
+            )
+        if page is not None:
+            _write(page, report.certificate_page(certificate))
+    if as_json:
+        print(json.dumps(report.certificate_data(certificate), indent=2, ensure_ascii=False))
+    else:
+        _print(report.certificate_text(certificate))
+    if not certificate.holds:
         raise typer.Exit(1)
 
 

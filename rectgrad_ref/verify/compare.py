@@ -198,8 +198,8 @@ def engine_of(bundle: Bundle, model: ModelSource | None = None) -> Engine | None
     method = bundle.method
     if opened is None or not method.walks_once or method.reference_input(bundle.inputs) is not None:
         return None
-    names = {key: str(bundle.provenance[key]) for key in ("input", "output")}
-    return Engine(opened, bundle.inputs, bundle.target, **names)
+    said = bundle.provenance
+    return Engine(opened, bundle.inputs, bundle.target, input=said["input"], output=said["output"])
 
 
 def places(engine: Engine) -> list[Place]:

@@ -22,6 +22,7 @@ from .. import threshold as threshold_module
 from ..errors import InvalidModel
 from ..executors import make_backend
 from ..explainer import Explainer
+from ..forward import Forward
 from ..graph import Graph, Node, freeze, input_spec
 from ..methods import Method, RectGrad
 from ..methods.base import named
@@ -171,10 +172,19 @@ class Engine:
     target : numpy.ndarray of int, shape (N,)
     input, output : str
         Value names.
+    forward : Forward, optional
+        Where activations come from; by default the fastest that has the dtype of `x`.
     """
 
     def __init__(
-        self, model: Model, x: np.ndarray, target: np.ndarray, *, input: str, output: str
+        self,
+        model: Model,
+        x: np.ndarray,
+        target: np.ndarray,
+        *,
+        input: str,
+        output: str,
+        forward: Forward | None = None,
     ) -> None:
         self.model, self.x, self.target, self.dtype = model, x, target, x.dtype
         whole = _samplewise(model, x.shape, input, output)
@@ -182,18 +192,18 @@ class Engine:
         size = len(x) if self.samplewise else 1
         self.graph: Graph = whole or freeze(model, (size, *x.shape[1:]), input=input, output=output)
         self.groups = [slice(i, i + size) for i in range(0, len(x), size)]
-        fixed = input_spec(model, input).shape[0] is not None
-        self._forward = make_backend(
-            "auto" if self.dtype == np.float32 else "reference",
-            model,
-            input,
-            rebatch=fixed and self.samplewise,
-            dtype=self.dtype,
-            threads=None,
-        ).forward
+        self._forward = forward or self._fastest()
         self._values: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
         self._given: dict[Given, list[Given]] = {}
         self.memory = _Memory()
+
+    def _fastest(self) -> Forward:
+        name = "auto" if self.dtype == np.float32 else "reference"
+        fixed = input_spec(self.model, self.graph.input).shape[0] is not None
+        rebatch = fixed and self.samplewise
+        return make_backend(
+            name, self.model, self.graph.input, rebatch=rebatch, dtype=self.dtype, threads=None
+        ).forward
 
     @property
     def layers(self) -> list[Node]:

@@ -6,11 +6,13 @@ import base64
 import html
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .certify import Certificate, Check
 from .compare import Comparison, MapRow, Row, per_sample
 from .diagnose import Diagnosis
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _MOST_PICTURES = 4
+_STRONGEST = 20.0  # times the colours of the maps
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 "DejaVu Sans", "Segoe UI", Helvetica, Arial, sans-serif; color: #1b1f24;
@@ -32,13 +35,17 @@ table { border-collapse: collapse; font-size: .87rem; width: 100%; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid #d8dee4;
          vertical-align: top; }
 th { font-weight: 600; color: #57606a; } td.n, th.n { text-align: right; white-space: nowrap; }
-td:first-child { overflow-wrap: anywhere; }
-tr.first td { background: #ffebe9; } tr.first td:first-child { box-shadow: inset .2rem 0 #cf222e; }
+th:first-child, td:first-child { padding-left: .5rem; overflow-wrap: anywhere; }
+tr.first td { background: #ffebe9; }
+tr.first td:first-child { box-shadow: inset .2rem 0 #cf222e; }
 .exact, .rounding, .holds { color: #1a7f37; } .threshold { color: #9a6700; }
 .different, .fails { color: #cf222e; font-weight: 600; } .not { color: #57606a; }
 figure { margin: 0; } .maps { display: grid; grid-template-columns: repeat(3, 1fr); gap: .75rem; }
 .maps img { width: 100%; border: 1px solid #d8dee4; image-rendering: pixelated; display: block; }
 figcaption { font-size: .8rem; color: #57606a; }
+.bar { display: flex; align-items: center; gap: .5rem; margin: .75rem 0; font-size: .8rem;
+       color: #57606a; } .bar img { width: 14rem; height: .8rem; }
+@media print { body { max-width: none; margin: 0; } tr, figure { break-inside: avoid; } }
 """
 
 
@@ -87,15 +94,9 @@ def layer_table(comparison: Comparison) -> Table:
         if marked is None and comparison.map.verdict == "different":
             marked = len(rows)
         rows.append(_map_cells(comparison.map))
-    head = ("value", "what", "shape", "verdict", "units", "near τ", "max|Δ|/max", "allowed")
-    return Table(
-        "Layer by layer, from the logits to the input",
-        head,
-        rows,
-        marked,
-        3,
-        frozenset({4, 5, 6, 7}),
-    )
+    head = ("value", "what", "shape", "verdict", "differing", "near τ", "max|Δ|/max", "allowed")
+    title = "Layer by layer, from the logits to the input"
+    return _filled(Table(title, head, rows, marked, 3, frozenset({4, 5, 6, 7})))
 
 
 def name_table(comparison: Comparison) -> Table:
@@ -105,17 +106,15 @@ def name_table(comparison: Comparison) -> Table:
         for m in comparison.matches
     ]
     rows += [(key, "—", "", "no place found: ignored", "") for key in comparison.theirs.ignored]
-    return Table("Names", ("theirs", "ONNX value", "as", "matched by", "axes"), rows)
+    return _filled(Table("Names", ("theirs", "ONNX value", "as", "matched by", "axes"), rows))
 
 
 def convention_table(comparison: Comparison) -> Table:
-    """The conventions of the reference."""
-    options = comparison.bundle.provenance["options"]
-    return Table(
-        "Conventions of the reference",
-        ("option", "value"),
-        [(name, str(value)) for name, value in options.items()],
-    )
+    """What the reference is, with all its conventions."""
+    said = comparison.bundle.provenance
+    rows = [(name, str(said[name])) for name in ("model", "sha256", "method", "backend", "forward")]
+    rows += [(name, str(value)) for name, value in said["options"].items()]
+    return Table("The reference and its conventions", ("", ""), rows)
 
 
 def text(comparison: Comparison, diagnosis: Diagnosis) -> Iterator[RenderableType]:
@@ -142,10 +141,7 @@ def page(comparison: Comparison, diagnosis: Diagnosis) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in map_notes(comparison.map))
         parts.append(f"<h2>The final map</h2>{notes}{_pictures(comparison)}")
     parts += [_html(name_table(comparison)), _html(convention_table(comparison))]
-    sub = (
-        f"{bundle.name}: {bundle.provenance['model']}, SHA-256 {bundle.sha256}; "
-        f"{len(bundle.inputs)} images, {bundle.dtype}"
-    )
+    sub = f"{bundle.provenance['model']}, {_counted(len(bundle.inputs), 'image')}, {bundle.dtype}"
     return document(title, sub, parts)
 
 
@@ -177,6 +173,84 @@ def as_data(comparison: Comparison, diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
+def certificate_conclusion(certificate: Certificate) -> list[str]:
+    """The finding in sentences."""
+    checks = [c for c in certificate.checks if c.verdict in ("holds", "fails")]
+    failing = [check for check in checks if check.verdict == "fails"]
+    compared = sum(check.count for check in checks)
+    near, units = (
+        sum(getattr(layer, key) for layer in certificate.layers) for key in ("near", "units")
+    )
+    head = (
+        f"{len(failing)} of {len(checks)} checks fail."
+        if failing
+        else f"All {len(checks)} checks hold; {compared:,} numbers were compared."
+    )
+    sensitivity = (
+        f"RectGrad at q = 98: {near:,} of {units:,} units lie within float32 rounding of their "
+        "thresholds. "
+    )
+    if near:
+        sensitivity += (
+            f"When each changes sides with probability ½, the map moves by "
+            f"{certificate.moves:.2g} of its norm; two correct implementations may differ by that."
+        )
+    return [head, *(f"{check.name} ({check.where})" for check in failing), sensitivity]
+
+
+def certificate_tables(certificate: Certificate) -> list[Table]:
+    """One table for each group of checks, and one of the sensitivity."""
+    groups = dict.fromkeys(check.group for check in certificate.checks)
+    head = ("check", "where", "verdict", "compared", "wrong", "largest", "allowed", "note")
+    tables = []
+    for group in groups:
+        checks = [check for check in certificate.checks if check.group == group]
+        names = [check.name for check in checks]
+        checks.sort(key=lambda check: names.index(check.name))
+        marked = next((i for i, c in enumerate(checks) if c.verdict == "fails"), None)
+        rows = [_check_cells(check) for check in checks]
+        for i in reversed(range(1, len(rows))):
+            if rows[i][0] == rows[i - 1][0]:
+                rows[i] = ("", *rows[i][1:])
+        tables.append(_filled(Table(group, head, rows, marked, 2, frozenset({3, 4, 5, 6}))))
+    return [*tables, _sensitivity_table(certificate)]
+
+
+def _sensitivity_table(certificate: Certificate) -> Table:
+    rows = [(s.value, f"{s.units:,}", f"{s.passing:,}", f"{s.near:,}") for s in certificate.layers]
+    head = ("layer", "units", "passing", "within rounding of τ")
+    title = "Sensitivity of RectGrad at q = 98, from the input to the logits"
+    return Table(title, head, rows, numeric=frozenset({1, 2, 3}))
+
+
+def certificate_text(certificate: Certificate) -> Iterator[RenderableType]:
+    """What to print."""
+    from rich.text import Text
+
+    for table in certificate_tables(certificate):
+        yield from _rich(table)
+    colour = "green" if certificate.holds else "red"
+    for i, sentence in enumerate(certificate_conclusion(certificate)):
+        yield Text(sentence, style=f"bold {colour}" if i == 0 else "")
+
+
+def certificate_page(certificate: Certificate) -> str:
+    """The certificate as one HTML page without links."""
+    title = "Certificate" if certificate.holds else "Certificate refused"
+    parts = [_verdict(certificate_conclusion(certificate), certificate.holds)]
+    parts += [_html(table) for table in certificate_tables(certificate)]
+    environment = dict(certificate.environment)
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    model = Path(environment["model"]).name
+    sub = f"{model}, SHA-256 {environment['sha256']}; {certificate.images}; {versions}"
+    return document(title, sub, parts)
+
+
+def certificate_data(certificate: Certificate) -> dict[str, Any]:
+    """The certificate as plain data."""
+    return {"holds": certificate.holds, **asdict(certificate)}
+
+
 def document(title: str, subtitle: str, parts: Sequence[str]) -> str:
     """A page around `parts`, which are HTML."""
     return (
@@ -190,9 +264,10 @@ def document(title: str, subtitle: str, parts: Sequence[str]) -> str:
 
 def map_notes(row: MapRow) -> list[str]:
     """What is known of the final map besides its verdict."""
-    notes = [f"Final map: relative distance {row.plain_distance:.2g}"]
-    if abs(row.plain_distance - row.distance) > 1e-3 * row.plain_distance:
-        notes[0] += f", {row.distance:.2g} with the scale of each sample factored out"
+    plain, distance = f"{row.plain_distance:.2g}", f"{row.distance:.2g}"
+    notes = [f"Final map: relative distance {plain}"]
+    if plain != distance:
+        notes[0] += f", {distance} with the scale of each sample factored out"
     notes[0] += "."
     if row.border is not None:
         notes.append(f"The maps agree without the outermost {row.border} cells of every border.")
@@ -205,30 +280,61 @@ def map_notes(row: MapRow) -> list[str]:
 
 
 def _layer_cells(row: Row) -> tuple[str, ...]:
-    units = "" if row.verdict == "not checked" else str(row.units)
+    units = "" if row.verdict == "not checked" else f"{row.units:,}"
     verdict = row.verdict if row.verdict != "threshold ties" else f"threshold ties ({row.ties})"
     if row.scale is not None:
         verdict = f"different (× {row.scale:.4g})"
     numbers = ("", "") if row.verdict == "not checked" else _numbers(row.error, row.tolerance)
     shape = "×".join(map(str, row.shape))
-    return (row.value, row.part, shape, verdict, units, str(row.band or ""), *numbers)
+    return (
+        row.value,
+        row.part,
+        shape,
+        verdict,
+        units,
+        f"{row.band:,}" if row.band else "",
+        *numbers,
+    )
+
+
+def _check_cells(check: Check) -> tuple[str, ...]:
+    counts = (f"{check.count:,}", f"{check.wrong:,}") if check.count else ("", "")
+    sizes = ("" if v is None else _size(v) for v in (check.largest, check.allowed))
+    return (check.name, check.where, check.verdict, *counts, *sizes, check.note)
+
+
+def _filled(table: Table) -> Table:
+    """The table without columns that are empty."""
+    kept = [i for i in range(len(table.head)) if any(row[i] for row in table.rows)]
+    return replace(
+        table,
+        head=[table.head[i] for i in kept],
+        rows=[[row[i] for i in kept] for row in table.rows],
+        verdict=None if table.verdict is None else kept.index(table.verdict),
+        numeric=frozenset(n for n, i in enumerate(kept) if i in table.numeric),
+    )
 
 
 def _numbers(error: float, tolerance: float) -> tuple[str, str]:
-    return f"{error:.1e}" if error else "0", f"{tolerance:.1e}" if tolerance else "0"
+    return _size(error), _size(tolerance)
+
+
+def _size(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
 
 
 def _map_cells(row: MapRow) -> tuple[str, ...]:
     shape = "×".join(map(str, row.found.shape))
     wrong = int((row.found != row.expected).sum()) if row.verdict == "different" else 0
-    return ("final map", "map", shape, row.verdict, str(wrong), "", f"{row.distance:.1e}", "")
+    return ("final map", "map", shape, row.verdict, f"{wrong:,}", "", _size(row.distance), "")
 
 
 def _rich(table: Table) -> Iterator[RenderableType]:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False)
+    yield Text(table.title, style="bold")
+    shown = RichTable(box=None, pad_edge=False)
     for i, head in enumerate(table.head):
         shown.add_column(head, justify="right" if i in table.numeric else "left")
     for i, row in enumerate(table.rows):
@@ -267,26 +373,42 @@ def _pictures(comparison: Comparison) -> str:
     row = comparison.map
     assert row is not None
     scale = per_sample(row.scale, row.expected)
-    maps = [_flat(v, comparison) for v in (row.expected * scale, row.found)]
+    both = (row.expected, row.found, row.found - row.expected * scale)
+    maps = [_flat(values, comparison) for values in both]
     if maps[0].ndim != 3:
         return ""
     figures = []
-    for i in range(min(len(maps[0]), _MOST_PICTURES)):
-        ours, theirs = maps[0][i], maps[1][i]
-        peak = np.percentile(np.abs([ours, theirs]), 99.5) or 1.0
-        for caption, values in (
-            (f"reference, image {i}", ours),
-            ("theirs", theirs),
-            ("theirs − reference", theirs - ours),
-        ):
-            figures.append(_figure(values, peak, caption))
+    for i, (ours, theirs, difference) in enumerate(zip(*maps, strict=True)):
+        if i == _MOST_PICTURES:
+            break
+        peak, most = _peak(theirs), float(np.abs(difference).max())
+        # A small difference is made visible, but rounding is not blown up to a picture.
+        stronger = float(np.clip(peak / most, 1, _STRONGEST)) if most else 1.0
+        more = f", colours × {stronger:.2g}" if stronger > 1 else ""
+        figures += [
+            _figure(ours, _peak(ours), f"reference, image {i}"),
+            _figure(theirs, peak, f"theirs, image {i}"),
+            _figure(difference, peak / stronger, f"theirs − reference{more}"),
+        ]
     rest = len(maps[0]) - _MOST_PICTURES
-    more = f"<p>{rest} further images are not shown.</p>" if rest > 0 else ""
-    scaled = "" if np.allclose(scale, 1) else ", the reference brought to the scale of theirs"
+    last = f"<p>{_counted(rest, 'further image')} not shown.</p>" if rest > 0 else ""
+    scaled = "" if np.allclose(scale, 1) else ", after the reference is brought to their scale"
+    bar = _image(np.linspace(-1, 1, 128)[None], 1.0, "colours")
     return (
-        f"<p>Sum over colour channels; one scale for each image{scaled}; blue − white 0 red +.</p>"
-        f"<div class='maps'>{''.join(figures)}</div>{more}"
+        "<p>Sums over colour channels, each map in its own scale. "
+        f"The difference is in the colours of theirs{scaled}.</p>"
+        f"<div class='maps'>{''.join(figures)}</div>"
+        f"<div class='bar'>negative {bar} positive</div>{last}"
     )
+
+
+def _peak(values: np.ndarray) -> float:
+    """Where the colours end."""
+    return float(np.percentile(np.abs(values), 99.5)) or 1.0
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _flat(values: np.ndarray, comparison: Comparison) -> np.ndarray:
@@ -295,6 +417,12 @@ def _flat(values: np.ndarray, comparison: Comparison) -> np.ndarray:
 
 
 def _figure(values: np.ndarray, peak: float, caption: str) -> str:
+    image = _image(values, peak, caption)
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _image(values: np.ndarray, peak: float, text: str) -> str:
+    """A picture inside the page, in colours from −peak to +peak."""
     from PIL import Image
 
     from ..picture import render
@@ -304,7 +432,4 @@ def _figure(values: np.ndarray, peak: float, caption: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(render(framed)[:-1]).save(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{data}'>"
