@@ -61,6 +61,8 @@ class Attribution:
         ``"NCHW"`` or ``"NHWC"``; other axis orders need ``layout=`` in `heatmap`.
     environment : dict
         Model name and SHA-256, backend, versions.
+    head : str or None
+        Operator with which the model ends after its logits, such as ``"Softmax"``.
     class_names : sequence of str or None
     pictures : numpy.ndarray or None, shape (N, H, W, 3)
         RGB uint8, pixel by pixel what the model saw.
@@ -77,6 +79,7 @@ class Attribution:
     method: Method
     layout: str | None
     environment: dict[str, Any]
+    head: str | None = None
     class_names: Sequence[str] | None = field(default=None, repr=False)
     pictures: np.ndarray | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
@@ -88,6 +91,17 @@ class Attribution:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Of each class, shape (N, classes), float64.
+
+        The softmax of the logits, or their sigmoid where the model ends in one.
+        """
+        from scipy.special import expit, softmax
+
+        logits = self.logits.astype(np.float64)
+        return np.asarray(expit(logits) if self.head == "Sigmoid" else softmax(logits, axis=1))
 
     def heatmap(self, layout: str | None = None) -> np.ndarray:
         """The sum over colour channels (paper F.1).

@@ -388,7 +388,7 @@ def _records(images: Sequence[Path], result: Attribution) -> list[dict[str, Any]
             "target": int(target),
             "class": result.class_name(target),
             "logit": float(logits[target]),
-            "probability": float(_softmax(logits)[target]),
+            "probability": float(result.probabilities[i, target]),
             "completeness_gap": None if gap is None else float(gap[i]),
             "notes": list(result.notes),
         }
@@ -396,12 +396,6 @@ def _records(images: Sequence[Path], result: Attribution) -> list[dict[str, Any]
             zip(images, result.target, result.logits, strict=True)
         )
     ]
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    from scipy.special import softmax
-
-    return np.asarray(softmax(logits.astype(np.float64)))
 
 
 # --- inspect ------------------------------------------------------------------------------------
@@ -673,7 +667,7 @@ def demo(
         results = explain_cat(advance)
         _draw(results, False, out)
     first = results[0]
-    probability = _softmax(first.logits[0])
+    probability = first.probabilities[0]
     _print_table(
         ("class", "probability", ""),
         [

@@ -189,6 +189,7 @@ class Explainer:
             method=chosen,
             layout=self.layout,
             environment=self.environment,
+            head=run.head,
             class_names=run.names,
             pictures=prepared.pictures,
             notes=tuple(run.notes),
@@ -305,6 +306,7 @@ class _Run:
         self.forward = explainer.backend.forward
         self.baseline = method.reference_input(x)
         first = self._prepared(1)
+        self.head = first.graph.head
         self.chunk = explainer.chunk(first)
         self.notes = method.notes(self._prepared(min(self.chunk, max(len(x), 1))).graph)
         self.names = explainer.class_names(first.graph.classes)

@@ -454,12 +454,9 @@ def _wrapped(maps: Sequence[RGB], labels: Sequence[str], attribution: Attributio
 
 
 def _class_labels(attribution: Attribution) -> list[str]:
-    """Name (its first synonym) and softmax probability of each sample's target, on two lines."""
-    from scipy.special import softmax
-
-    scores = softmax(np.asarray(attribution.logits, dtype=np.float64), axis=1)
+    """Name (its first synonym) and probability of each sample's target, on two lines."""
     labels = []
-    for target, score in zip(attribution.target, scores, strict=True):
+    for target, score in zip(attribution.target, attribution.probabilities, strict=True):
         names = attribution.class_names
         name = " ".join(names[target].split(",")[0].split()) if names else f"class {target}"
         percent = 100 * score[target]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import nets
 import numpy as np
+import onnx
 import pytest
 import slow
 from nets import Net, Op, Weights
@@ -318,6 +320,27 @@ def test_unknown_suffix(result: Attribution, tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"choose one of \.npz, \.png, \.pdf and \.svg"):
         result.save(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_probabilities(result: Attribution) -> None:
+    e = np.exp(result.logits)
+    assert np.allclose(result.probabilities, e / e.sum(axis=1, keepdims=True), rtol=1e-12)
+    huge = dataclasses.replace(result, logits=np.float32([[900.0, 0.0], [-900.0, 0.0]]))
+    assert huge.probabilities.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("head", ["Softmax", "Sigmoid"])
+def test_probabilities_are_the_output_of_the_head(head: str) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(image_net().model.proto)
+    model.graph.node.append(helper.make_node(head, ["logits"], ["scores"]))
+    model.graph.output[0].name = "scores"
+    explainer = Explainer(model, backend="reference")
+    result = explainer.explain(IMAGES, method="saliency")
+    graph = explainer.graph
+    alone = [explainer.backend.forward(graph, x[None], ["scores"])["scores"] for x in IMAGES]
+    assert result.head == head
+    assert np.allclose(result.probabilities, np.concatenate(alone), rtol=1e-12)
 
 
 def test_class_names(result: Attribution) -> None:

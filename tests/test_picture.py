@@ -72,11 +72,12 @@ def attribution(
         a=np.ones((samples, 4, 1, 1)), R_out=np.ones((samples, 4, 1, 1))
     )
     layers["dense"] = SimpleNamespace(a=np.ones((samples, 4)), R_out=np.ones((samples, 4)))
+    logits = rng.normal(size=(samples, 5))
     return SimpleNamespace(
         heatmap=lambda: heatmap,
         method=SimpleNamespace(id=method.split()[0].lower(), title=method),
         target=np.arange(samples) % 5,
-        logits=rng.normal(size=(samples, 5)),
+        probabilities=np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True),
         class_names=class_names,
         pictures=list(rng.integers(0, 256, (samples, *size, 3), np.uint8)) if pictures else None,
         layers=lambda: layers,
@@ -318,9 +319,8 @@ def test_many_methods_on_one_image_wrap(count: int, pictures: bool) -> None:
 
 def test_rows_name_the_class_and_its_score() -> None:
     one = attribution(samples=2, class_names=["gar, garfish", "tench, Tinca tinca", "a", "b", "c"])
-    one.logits = np.array([[1.0, 2.0, 3.0, 0.0, 0.0], [900.0, 0.0, 0.0, 0.0, 0.0]])
-    e = np.exp(one.logits[0])
-    assert f"gar {100 * e[0] / e.sum():.1f} %" in texts(picture.overlay(one))
+    one.probabilities = np.array([[0.0642, 0.2, 0.3, 0.2, 0.2358], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    assert "gar 6.4 %" in texts(picture.overlay(one))
     assert "tench < 0.1 %" in texts(picture.overlay(one))
     one.class_names = None
     assert "class 1 < 0.1 %" in texts(picture.overlay(one))
