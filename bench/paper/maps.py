@@ -92,6 +92,12 @@ def total_variation(heatmap: np.ndarray) -> np.ndarray:
     return np.asarray(down + across)
 
 
+def relative_variation(heatmap: np.ndarray) -> np.ndarray:
+    """Total variation divided by Σ|map|, which no scale of the map changes: shape (N,)."""
+    total = np.abs(heatmap).sum(axis=(1, 2))
+    return np.asarray(total_variation(heatmap) / np.where(total > 0, total, 1))
+
+
 def background_attribution(heatmap: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Σ|map| where `background` (N, H, W) is True: shape (N,)."""
     return np.asarray((np.abs(heatmap) * background).sum(axis=(1, 2)))

@@ -39,7 +39,7 @@ from bench.paper.maps import (
 )
 from bench.paper.runner import Arrays, Experiment, Results, Unit, run, stacked
 from bench.paper.sources import Classifier, Masked, Sources, normalized
-from rectgrad_ref import Explainer
+from rectgrad_ref import Explainer, picture
 from rectgrad_ref.errors import InvalidImage, InvalidModel
 from rectgrad_ref.onnx_models.cifar10 import CLASS_NAMES, Cifar10, occlude
 from rectgrad_ref.onnx_models.cifar10_cnn import network_path
@@ -93,7 +93,10 @@ def small() -> Sources:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_runs(name: str, small: Sources, tmp_path: Path) -> None:
+def test_every_experiment_runs(
+    name: str, small: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture, "_DPI", 40)  # drawing is half of the time
     if name == "roar":
         pytest.importorskip("torch")
     out = tmp_path / "results"
@@ -105,7 +108,7 @@ def test_every_experiment_runs(name: str, small: Sources, tmp_path: Path) -> Non
     }
     assert record["environment"]["versions"]["numpy"] == np.__version__
     assert record["environment"]["commits_of_units"] and record["inputs"]
-    assert all((out / plot).stat().st_size > 5000 for plot in record["plots"])
+    assert all((out / plot).stat().st_size > 1000 for plot in record["plots"])
     assert record["tables"] and record["numbers"]
     assert "NaN" not in path.read_text("utf-8")
     report.write(out, tmp_path / "RESULTS.md")

@@ -29,6 +29,7 @@ from ..maps import (
     heatmaps,
     measured,
     paper_methods,
+    relative_variation,
     total_variation,
 )
 from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
@@ -45,6 +46,7 @@ PAPER_VARIATION = {
     "IntegGrad": 220.0,
     "DeepLIFT": 145.0,
 }
+_RELATIVE = "relative, "
 _PARTS = {
     "background": "Attribution outside the mask",
     "test": "Total variation, test images",
@@ -103,7 +105,11 @@ class NoiseLevel(Experiment):
         def variation(images: np.ndarray, rows: slice) -> Arrays:
             keys = np.arange(rows.start, rows.stop)
             maps = heatmaps(explainer, normalized(images[rows]), methods, keys=keys)
-            return {n: total_variation(heatmap) for n, heatmap in measured(maps).items()}
+            used = measured(maps)
+            return {
+                **{name: total_variation(heatmap) for name, heatmap in used.items()},
+                **{_RELATIVE + name: relative_variation(h) for name, h in used.items()},
+            }
 
         units: dict[str, Unit] = {
             f"background-{key}": partial(on_background, rows)
@@ -116,12 +122,21 @@ class NoiseLevel(Experiment):
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
         parts = _by_part(found)
-        claims, tables, numbers = [], [], {}
+        relative = _relative(stacked(found, "test-"))
+        claims, tables, numbers = [], [], {"relative": _quartiles(relative)}
         for part, title in _PARTS.items():
             values = parts[part]
-            numbers[part] = {name: quartiles(v) for name, v in values.items()}
+            numbers[part] = _quartiles(values)
             tables.append(_table(values, part, title))
             claims += [_lowest(values, PRR, (), title), _lowest(values, RECTGRAD, (PRR,), title)]
+        tables.append(
+            distribution_table(
+                relative,
+                note="Total variation divided by Σ|map|, test images: the same whatever the scale "
+                "of a map. Not a measure of the paper.",
+            )
+        )
+        lowest = min(relative, key=lambda name: float(np.median(relative[name])))
         return Conclusion(
             scale=(
                 f"{len(parts['background'][PRR])} images with masks (the paper: 100); total "
@@ -132,8 +147,12 @@ class NoiseLevel(Experiment):
             tables=tables,
             claims=claims,
             remarks=[
+                "The paper's measures are absolute: a method whose maps are small as a whole has "
+                f"little noise by them. Relative to Σ|map|, {lowest} has the lowest median total "
+                f"variation, {number(float(np.median(relative[lowest])))}, and RectGrad's is "
+                f"{number(float(np.median(relative[RECTGRAD])))}.",
                 "The caption of figure 8 speaks of test images, the authors' code of training "
-                "images."
+                "images.",
             ],
         )
 
@@ -149,7 +168,22 @@ class NoiseLevel(Experiment):
 
 
 def _by_part(found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-    return {part: stacked(found, f"{part}-") for part in _PARTS}
+    return {
+        part: {
+            name: values
+            for name, values in stacked(found, f"{part}-").items()
+            if not name.startswith(_RELATIVE)
+        }
+        for part in _PARTS
+    }
+
+
+def _relative(values: Arrays) -> dict[str, np.ndarray]:
+    return {n.removeprefix(_RELATIVE): v for n, v in values.items() if n.startswith(_RELATIVE)}
+
+
+def _quartiles(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {name: quartiles(v) for name, v in values.items()}
 
 
 def _table(values: Mapping[str, np.ndarray], part: str, title: str) -> Table:

@@ -17,7 +17,13 @@ from rectgrad_ref.methods import RectGrad
 from .. import plots
 from ..deletion import deletion_curve
 from ..evidence import Claim, Conclusion, Table, compare, lower_than, number, p_value
-from ..maps import background_attribution, heatmaps, object_share, total_variation
+from ..maps import (
+    background_attribution,
+    heatmaps,
+    object_share,
+    relative_variation,
+    total_variation,
+)
 from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Masked, Sources, checksum, normalized
 
@@ -30,11 +36,13 @@ RULES = {
 }
 _PR1 = "PR1 (RectGrad)"
 _MEASURES = {
-    "background": "attribution on the background",
-    "share": "fraction of it on the background",
+    "background": "Σ|map| on the background",
     "variation": "total variation",
+    "share": "fraction of Σ|map| on the background",
+    "relative": "total variation / Σ|map|",
     "deletion": "deletion test",
 }
+_SCALE_FREE = ("share", "relative", "deletion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +108,8 @@ class PropagationRules(Experiment):
             for rule in RULES
         ]
         claims = []
-        for measure, title in _MEASURES.items():
+        for measure in _SCALE_FREE:
+            title = _MEASURES[measure]
             ours = values[measure][_PR1]
             pairs = compare(ours, {r: v for r, v in values[measure].items() if r != _PR1})
             claims.append(
@@ -135,7 +144,9 @@ class PropagationRules(Experiment):
                     "Medians over images; lower is better in each column. Deletion: the predicted "
                     "class's softmax probability, averaged over the fractions of pixels that are "
                     "replaced by the mean colour, those of largest attribution first. It does not "
-                    "retrain, so it also rewards what merely makes unnatural images.",
+                    "retrain, so it also rewards what merely makes unnatural images. The first two "
+                    "measures compare the scales of the maps too (a rule that passes less has "
+                    "less on the background), so claims are tested on the other three.",
                 )
             ],
             claims=claims,
@@ -144,7 +155,7 @@ class PropagationRules(Experiment):
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         parts = stacked(found, "masked-") | stacked(found, "test-")
         figure, axes = plots.figure(3, width=2.8, height=2)
-        for ax, measure in zip(axes, ("share", "variation", "deletion"), strict=True):
+        for ax, measure in zip(axes, _SCALE_FREE, strict=True):
             values = {rule: parts[f"{measure}, {rule}"] for rule in RULES}
             plots.boxes(ax, values, ours=(_PR1,), label=_MEASURES[measure])
         return [plots.save(figure, folder, self.name)]
@@ -172,6 +183,7 @@ def _on_test_images(explainer: Explainer, x: np.ndarray, mean: np.ndarray, steps
     result = {}
     for rule, heatmap in heatmaps(explainer, x, RULES).items():
         result[f"variation, {rule}"] = total_variation(heatmap)
+        result[f"relative, {rule}"] = relative_variation(heatmap)
         curve = deletion_curve(explainer, x, heatmap, mean, steps)
         result[f"deletion, {rule}"] = curve.mean(axis=1)
     return result
