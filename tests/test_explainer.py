@@ -26,9 +26,7 @@ from rectgrad_ref.errors import (
     RectGradWarning,
     UnsupportedOperator,
 )
-from rectgrad_ref.forward import OnnxruntimeForward
 from rectgrad_ref.methods import METHODS
-from rectgrad_ref.model import read_model
 
 # With these numbers the predicted classes differ and no map at q = 50 or 60 is zero.
 NET = nets.plain(Weights(16))
@@ -247,13 +245,6 @@ def test_a_broken_onnxruntime(
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     with pytest.raises(BackendUnavailable, match=r"libfoo.so is missing.*backend='reference'"):
         Explainer(NET.onnx(), backend=backend)
-
-
-def test_an_absent_provider() -> None:
-    pytest.importorskip("onnxruntime")
-    model = read_model(NET.onnx())
-    with pytest.raises(BackendUnavailable, match=r"no FooProvider here.*rectgrad-ref\[gpu\]"):
-        OnnxruntimeForward(model, "x", rebatch=False, providers=["FooProvider"])
 
 
 # --- batches --------------------------------------------------------------------------------------
