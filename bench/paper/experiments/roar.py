@@ -109,9 +109,9 @@ class Roar(Experiment):
         return units
 
     def _stacks(self, together: int) -> Iterator[list[Member]]:
-        """All networks, in groups that are trained at once."""
+        """All networks, in groups of one estimator and test that are trained at once."""
         seeds = range(self.networks)
-        yield from _groups([Member(BASELINE, "ROAR", 0.0, seed) for seed in seeds], together)
+        yield from _groups([Member(BASELINE, "ROAR", 0.0, s) for s in seeds], together)
         for test, estimator in itertools.product(TESTS, estimators()):
             members = [Member(estimator, test, f, s) for f in self.fractions for s in seeds]
             yield from _groups(members, together)
@@ -128,7 +128,7 @@ class Roar(Experiment):
 
         colour = data["train"].images.mean(axis=(0, 2, 3))
         train_images, test_images = (
-            np.stack([member.images(part.images, done, split, colour) for member in stack])
+            _versions(part.images, stack, ranks_of(done, stack[0].estimator, split), colour)
             for split, part in data.items()
         )
         checkpoint = done.folder / f"{_label(stack)}.checkpoint"
@@ -275,15 +275,6 @@ class Member:
     def label(self) -> str:
         return f"{self.test}, {self.estimator}, {self.fraction:g}, {self.seed}"
 
-    def images(
-        self, plain: np.ndarray, done: Results, split: str, colour: np.ndarray
-    ) -> np.ndarray:
-        """Its version of the images (N, C, H, W)."""
-        if self.estimator == BASELINE:
-            return plain
-        ranks = ranks_of(done, self.estimator, split)
-        return modify(plain, ranks, self.test, self.fraction, colour)
-
 
 @dataclass(frozen=True)
 class Area:
@@ -331,9 +322,20 @@ def modify(
     return np.asarray(np.where(replaced[:, None], plain, images))
 
 
-def ranks_of(done: Results, estimator: str, split: str) -> np.ndarray:
-    """All ranks of an estimator, in the order of the images."""
+def ranks_of(done: Results, estimator: str, split: str) -> np.ndarray | None:
+    """All ranks of an estimator, in the order of the images; None for unmodified images."""
+    if estimator == BASELINE:
+        return None
     return stacked(done, f"ranks-{estimator}-{split}-")["ranks"]
+
+
+def _versions(
+    images: np.ndarray, stack: Sequence[Member], ranks: np.ndarray | None, colour: np.ndarray
+) -> np.ndarray:
+    """Each member's images (M, N, C, H, W); all members have the same estimator."""
+    if ranks is None:
+        return np.stack([images] * len(stack))
+    return np.stack([modify(images, ranks, m.test, m.fraction, colour) for m in stack])
 
 
 def area(
