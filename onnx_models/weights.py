@@ -37,7 +37,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         header.pop("__metadata__", None)
         return {name: _array(content[start:], **entry) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidModel(f"{path}: not a complete safetensors file ({error!r})") from error
+        # The repr of a UnicodeDecodeError would hold the whole file.
+        reason = f"{type(error).__name__}: {error}"
+        raise InvalidModel(f"{path}: not a complete safetensors file ({reason})") from error
 
 
 def _array(
