@@ -143,6 +143,8 @@ class Adversarial(Experiment):
         explainer, methods = classifier.load(sources.backend), imagenet_methods(sources.seed)
         names = list(classifier.pictures(self.photos))
         for name, x in zip(names, self._photos(sources, explainer)[1], strict=True):
+            if any(folder.glob(f"*_{name}.png")):  # of an interrupted run
+                continue
             attacked = fast_gradient_sign(explainer, x, self.epsilon, value_range(explainer, x))
             both = np.concatenate([x, attacked])
             found = [explainer.explain(both, method=method) for method in methods.values()]
