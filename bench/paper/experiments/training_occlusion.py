@@ -128,8 +128,7 @@ class TrainingOcclusion(Experiment):
                     for name, values in amounts.items()
                     if name not in OURS
                 )
-                + ". So RectGrad, whose maps are not cut, has a lower upper quartile than most "
-                "baselines and yet a higher median than some."
+                + ". RectGrad's maps are not cut."
             ],
         )
 
