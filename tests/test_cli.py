@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -483,6 +486,14 @@ def test_the_cat_is_a_cat() -> None:
     assert demo.cat().size == (240, 240)
     a = r.explain(cifar10_cnn.network_path(), demo.cat())
     assert a.class_name(a.target[0]) == "cat"
+
+
+def test_a_terminal_without_all_characters() -> None:
+    code = "from rectgrad_ref.cli import main; main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, "methods"]
+    result = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"?S_c/?x, signed" in result.stdout
 
 
 def test_version() -> None:
