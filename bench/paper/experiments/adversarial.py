@@ -67,16 +67,12 @@ class Adversarial(Experiment):
         }
         classifier = sources.needed_classifier()
         loaded, methods = classifier.load(sources.backend), imagenet_methods(sources.seed)
-        for key, x in zip(*self._photos(sources, loaded), strict=True):
-            bounds = value_range(loaded, x)
-            units[f"photo-{key}"] = partial(self._compare, loaded, methods, x, bounds)
+        for i, photo in enumerate(classifier.pictures(self.photos).values()):
+            x = loaded.explain(photo, method="random").inputs
+            units[f"photo-{i:03d}"] = partial(
+                self._compare, loaded, methods, x, value_range(loaded, x)
+            )
         return units
-
-    def _photos(self, sources: Sources, explainer: Explainer) -> tuple[list[str], list[np.ndarray]]:
-        """Photographs as arrays (1, …) by number; the network sees nothing else."""
-        photos = sources.needed_classifier().pictures(self.photos)
-        arrays = [explainer.explain(photo, method="random").inputs for photo in photos.values()]
-        return [f"{i:03d}" for i in range(len(arrays))], arrays
 
     def _compare(
         self,
@@ -141,10 +137,11 @@ class Adversarial(Experiment):
     def pictures(self, sources: Sources, folder: Path) -> None:
         classifier = sources.needed_classifier()
         explainer, methods = classifier.load(sources.backend), imagenet_methods(sources.seed)
-        names = list(classifier.pictures(self.photos))
-        for name, x in zip(names, self._photos(sources, explainer)[1], strict=True):
-            if any(folder.glob(f"*_{name}.png")):  # of an interrupted run
-                continue
+        photos = classifier.pictures(self.photos)
+        # The authors' file names say which photographs belong to the figure.
+        chosen = [name for name in photos if "adv_attack" in name] or list(photos)[:4]
+        for name in chosen:
+            x = explainer.explain(photos[name], method="random").inputs
             attacked = fast_gradient_sign(explainer, x, self.epsilon, value_range(explainer, x))
             both = np.concatenate([x, attacked])
             found = [explainer.explain(both, method=method) for method in methods.values()]
