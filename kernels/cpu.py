@@ -23,7 +23,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .team import wait
+from . import simd
+from .team import total, wait
 
 # Operations.
 ACTIVATE, SCATTER, STORE, COMPACT, MAX_POOL, AVERAGE_POOL, ADD, SCALE, FORGET, STOP = range(10)
@@ -41,13 +42,15 @@ FRACTION, TAU, EPS, CEILING, FLOATS = range(5)
 # What an activation lets pass, from its output a and the gradient r that arrives.
 PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = range(6)
 
-# Shared words of a team: how many nonzeros, the threshold or its bound, whether it is final.
-COUNT, THRESHOLD, FINAL, SHARED = 0, 8, 16, 24
-_SAMPLED_LEAST, _SAMPLED_MOST = 128, 2048
+# Shared words of a team: the threshold or its bound, whether it is final, and whether what passes
+# the activation is no list, because it is too much, but all that its sheet holds.
+THRESHOLD, FINAL, FILLED, SHARED = 0, 8, 16, 24
+_SAMPLED_LEAST, _SAMPLED_MOST = 128, 1024
+_ONE = np.uint64(1)
 _BINS = 256
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True, forceinline=True)
 def _score(mode, a, r, eps):
     if mode == PASS_AR:
         return a * r
@@ -56,7 +59,7 @@ def _score(mode, a, r, eps):
     return (a + eps) * r
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=True, forceinline=True)
 def _passes(mode, a, r, eps):
     """What passes without a threshold: also RectGrad at τ = 0, decided on signs."""
     if mode == PASS_ACTIVE:
@@ -72,17 +75,52 @@ def _passes(mode, a, r, eps):
     return (a + eps > 0 and r > 0) or (a + eps < 0 and r < 0)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def _share(n, member, members):
     return n * member // members, n * (member + 1) // members
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
+def _passing(mode, arena, row, active, where, eps, ceiling):
+    """Mask of the nonzero gradients among 16 that pass without a threshold."""
+    zero = np.float32(0)
+    mask = simd.nonzero(arena, row) & simd.below(active, where, ceiling)
+    if mode == PASS_ACTIVE:
+        return mask & simd.above(active, where, zero)
+    if mode == PASS_POSITIVE:
+        return mask & simd.above(arena, row, zero)
+    if mode == PASS_BOTH:
+        return mask & simd.above(active, where, zero) & simd.above(arena, row, zero)
+    if mode == PASS_ABS_AR:
+        return mask & simd.nonzero(active, where)
+    level = -eps if mode == PASS_A_EPS_R else zero
+    up = simd.above(active, where, level) & simd.above(arena, row, zero)
+    down = simd.below(active, where, level) & simd.below(arena, row, zero)
+    return mask & (up | down)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _emit(mask, first, arena, row, end, channels, values):
+    """Append the lanes of a mask, the channels from `first` on; returns the new end."""
+    while mask:
+        c = first + simd.lowest(mask)
+        channels[end] = c
+        values[end] = arena[row + c]
+        end += 1
+        mask &= mask - _ONE
+    return end
+
+
+@njit(nogil=True, cache=True, forceinline=True)
 def _emit_passing(
     arena, row, active, where, width, mode, eps, ceiling, end, channels, values
 ):  # fmt: skip
     """Append the nonzero gradients that pass without a threshold; returns the new end."""
-    for c in range(width):
+    blocks = width - width % simd.LANES
+    for c in range(0, blocks, simd.LANES):
+        mask = _passing(mode, arena, row + c, active, where + c, eps, ceiling)
+        end = _emit(mask, c, arena, row, end, channels, values)
+    for c in range(blocks, width):
         r, a = arena[row + c], active[where + c]
         if r != 0 and a < ceiling and _passes(mode, a, r, eps):
             channels[end] = c
@@ -91,24 +129,67 @@ def _emit_passing(
     return end
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
+def _keep_passing(arena, row, active, where, width, mode, eps, ceiling):
+    """Clear the gradients that do not pass without a threshold."""
+    blocks = width - width % simd.LANES
+    for c in range(0, blocks, simd.LANES):
+        mask = _passing(mode, arena, row + c, active, where + c, eps, ceiling)
+        simd.keep(arena, row + c, mask)
+    for c in range(blocks, width):
+        a = active[where + c]
+        if not (a < ceiling and _passes(mode, a, arena[row + c], eps)):
+            arena[row + c] = 0
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _count_passing(arena, row, active, where, width, mode, eps, ceiling):
+    """How many nonzero gradients pass without a threshold."""
+    blocks, n = width - width % simd.LANES, 0
+    for c in range(0, blocks, simd.LANES):
+        n += simd.lanes_in(_passing(mode, arena, row + c, active, where + c, eps, ceiling))
+    for c in range(blocks, width):
+        r, a = arena[row + c], active[where + c]
+        n += r != 0 and a < ceiling and _passes(mode, a, r, eps)
+    return n
+
+
+@njit(nogil=True, cache=True, forceinline=True)
 def _emit_above(
     arena, row, active, where, width, mode, eps, bound, end, channels, values, scores
 ):  # fmt: skip
-    """Append the units whose score is above `bound`; returns the new end.
+    """Append the units whose score is above `bound`; returns the new end."""
+    shift = eps if mode == PASS_A_EPS_R else np.float32(0)
+    sign = np.uint32(0x7FFFFFFF if mode == PASS_ABS_AR else 0xFFFFFFFF)
+    blocks = width - width % simd.LANES
+    for first in range(0, blocks, simd.LANES):
+        mask = simd.score_above(active, where + first, arena, row + first, shift, sign, bound)
+        while mask:
+            c = first + simd.lowest(mask)
+            r = arena[row + c]
+            channels[end] = c
+            values[end] = r
+            scores[end] = _score(mode, active[where + c], r, eps)
+            end += 1
+            mask &= mask - _ONE
+    for c in range(blocks, width):
+        r = arena[row + c]
+        s = _score(mode, active[where + c], r, eps)
+        if s > bound:
+            channels[end] = c
+            values[end] = r
+            scores[end] = s
+            end += 1
+    return end
 
-    Each unit is written and most are overwritten, because a branch on each would be mispredicted.
-    Indices are unsigned: signed ones are checked for counting from the end.
-    """
-    r0, a0, at = np.uint64(row), np.uint64(where), np.uint64(end)
-    for c in range(np.uint64(width)):
-        r = arena[r0 + c]
-        s = _score(mode, active[a0 + c], r, eps)
-        channels[at] = np.int32(c)
-        values[at] = r
-        scores[at] = s
-        at += np.uint64(s > bound)
-    return np.int64(at)
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def _extremes(values, n):
+    """The least and the largest of the first `n`, numbers all."""
+    low, high = values[0], values[0]
+    for i in range(n):
+        low, high = min(low, values[i]), max(high, values[i])
+    return low, high
 
 
 @njit(nogil=True, cache=True)
@@ -120,9 +201,7 @@ def nth_largest(values, k):
     n = values.size
     counts = np.empty(_BINS, np.int64)
     while n > 4 * _BINS:
-        low, high = values[0], values[0]
-        for i in range(n):
-            low, high = min(low, values[i]), max(high, values[i])
+        low, high = _extremes(values, n)
         span = high - low
         if not (span > 0 and span < np.inf):
             break
@@ -178,28 +257,26 @@ def _quickselect(values, n, k):
     return values[low]
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _score_at(op, arena, touched, active, mode, eps, p, c):
-    """One unit's score; 0 where it is no number, because an activation has overflowed."""
-    if not touched[op[S_TOUCHED] + p]:
-        return np.float32(0)
-    r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-    s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
-    return s if s == s else np.float32(0)
-
-
 @njit(nogil=True, cache=True)
-def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
-    """A score that, by a sample, somewhat more than `rank` units exceed; at least 0."""
-    pixels, channels = op[S_H] * op[S_W], op[S_C]
-    n = pixels * channels
-    taken = min(max(n // 64, _SAMPLED_LEAST), _SAMPLED_MOST, n)
+def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
+    """A score that, by a sample, somewhat more than `rank` units exceed; at least 0.
+
+    Pixels that nothing has touched score 0, so that only the others, listed in `found`, are asked.
+    """
+    channels, n = op[S_C], 0
+    for p in range(op[S_H] * op[S_W]):
+        found[n] = p
+        n += touched[op[S_TOUCHED] + p] != 0
+    units = n * channels
+    taken = min(max(units // 64, _SAMPLED_LEAST), _SAMPLED_MOST, units)
     for i in range(taken):
-        unit = (i * n + n // 2) // taken
+        unit = (i * units + units // 2) // taken
         # Spread over the channels too, whatever divides them.
-        p, c = unit // channels, (unit + i * 7919) % channels
-        work[i] = _score_at(op, arena, touched, active, mode, eps, p, c)
-    expected = (rank + 1) / n * taken
+        p, c = found[unit // channels], (unit + i * 7919) % channels
+        r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+        s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
+        work[i] = s if s == s else np.float32(0)  # it is not where an activation has overflowed
+    expected = (rank + 1) / max(units, 1) * taken
     wanted = int(expected + 4 * np.sqrt(expected) + 4)
     if wanted >= taken:
         return np.float32(0)
@@ -208,11 +285,15 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work):
 
 @njit(nogil=True, cache=True)
 def _all_scores(op, arena, touched, active, mode, eps, work):
-    """The scores of all units; returns how many there are."""
+    """The scores of all units, 0 where one is no number; returns how many there are."""
     width, n = op[S_C], 0
     for p in range(op[S_H] * op[S_W]):
+        row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
         for c in range(width):
-            work[n] = _score_at(op, arena, touched, active, mode, eps, p, c)
+            s = np.float32(0)
+            if touched[op[S_TOUCHED] + p]:
+                s = _score(mode, active[where + c], arena[row + c], eps)
+            work[n] = s if s == s else np.float32(0)
             n += 1
     return n
 
@@ -269,14 +350,17 @@ def _filter(op, first, last, active, tau, ceiling, csr):
 
 
 @njit(nogil=True, cache=True)
-def _collected(csr, pixels, work):
+def _collected(op, csr, members, work):
     """Copy the scores of all candidates together; returns how many there are."""
-    begins, ends, _, _, scores = csr
+    _, ends, _, _, scores = csr
     n = 0
-    for p in range(pixels):
-        for i in range(begins[p], ends[p]):
-            work[n] = scores[i]
-            n += 1
+    for member in range(members):
+        # What one member has found lies without a gap.
+        first, last = _share(op[S_H] * op[S_W], member, members)
+        if first < last:
+            begin, end = first * op[S_C], ends[last - 1]
+            work[n : n + end - begin] = scores[begin:end]
+            n += end - begin
     return n
 
 
@@ -311,19 +395,19 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
     pixels = op[S_H] * op[S_W]
     first, last = _share(pixels, member, members)
     if member == 0:
-        shared[THRESHOLD] = _sampled_bound(op, arena, touched, active, mode, eps, low, work)
+        shared[THRESHOLD] = _sampled_bound(op, arena, touched, active, mode, eps, low, work, csr[0])
     wait(barrier, members)
     bound = np.float32(shared[THRESHOLD])
     while True:
         _scan(op, first, last, arena, touched, active, mode, eps, np.float32(np.inf), bound, csr)
         wait(barrier, members)
         if member == 0:
-            found = _collected(csr, pixels, work)
+            found = _collected(op, csr, members, work)
             shared[FINAL] = 1
             if found > low:
                 upper = lower = nth_largest(work[:found], high)
                 if low != high:
-                    _collected(csr, pixels, work)
+                    _collected(op, csr, members, work)
                     lower = nth_largest(work[:found], low)
                 shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
             elif bound > 0:
@@ -369,35 +453,37 @@ def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, 
 
 
 @njit(nogil=True, cache=True)
-def _on_border(op, y, x):
+def _on_border(op, p):
     """Whether the padding trick is on and the pixel is the first or last of a spatial axis."""
-    inside = 0 < y < op[S_H] - 1 and 0 < x < op[S_W] - 1
-    return op[BORDER] and not inside
+    if not op[BORDER]:
+        return False
+    y, x = p // op[S_W], p % op[S_W]
+    return not (0 < y < op[S_H] - 1 and 0 < x < op[S_W] - 1)
 
 
 @njit(nogil=True, cache=True)
-def _clear_border(op, csr):
+def _clear_border(op, csr, first, last):
     begins, ends = csr[0], csr[1]
-    for y in range(op[S_H]):
-        for x in range(op[S_W]):
-            if _on_border(op, y, x):
-                ends[y * op[S_W] + x] = begins[y * op[S_W] + x]
+    for p in range(first, last):
+        if _on_border(op, p):
+            ends[p] = begins[p]
 
 
 @njit(nogil=True, cache=True)
-def _count(op, csr):
+def _count_inside(op, csr, first, last):
     """How many nonzeros are not on the border."""
-    n = 0
-    for y in range(op[S_H]):
-        for x in range(op[S_W]):
-            if not _on_border(op, y, x):
-                n += csr[1][y * op[S_W] + x] - csr[0][y * op[S_W] + x]
+    begins, ends, n = csr[0], csr[1], 0
+    for p in range(first, last):
+        if not _on_border(op, p):
+            n += ends[p] - begins[p]
     return n
 
 
 @njit(nogil=True, cache=True)
 def _activate(op, floats, arena, touched, active, csr, work, shared, member, members, barrier):
-    """Collect what passes the activation."""
+    """Collect what passes the activation; or, too much for a scatter, leave it in the sheet."""
+    if member == 0:
+        shared[FILLED] = 0
     mode, eps = op[MODE], np.float32(floats[EPS])
     ceiling = np.float32(floats[CEILING])
     first, last = _share(op[S_H] * op[S_W], member, members)
@@ -412,7 +498,11 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
             wait(barrier, members)
             return
     if not thresholded or tau == 0:
-        _scan(op, first, last, arena, touched, active, mode, eps, ceiling, np.float32(-1), csr)
+        few = _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, barrier)
+        if few:
+            _scan(op, first, last, arena, touched, active, mode, eps, ceiling, np.float32(-1), csr)
+        elif member == 0:
+            shared[FILLED] = 1
     elif tau > 0:
         bound = np.float32(0)
         _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr)
@@ -423,71 +513,112 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
 
 
 @njit(nogil=True, cache=True)
-def _compact(op, arena, touched, csr, member, members, barrier):
-    """A sheet's nonzeros by pixel."""
-    begins, ends, channels, values, _ = csr
-    width = op[S_C]
+def _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, barrier):
+    """Whether at most DENSE units pass without a threshold; if not, the others are cleared."""
     first, last = _share(op[S_H] * op[S_W], member, members)
+    width, n = op[S_C], 0
+    for p in range(first, last):
+        if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
+            row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
+            n += _count_passing(arena, row, active, where, width, mode, eps, ceiling)
+    if total(n, barrier, member, members) <= op[DENSE]:
+        return True
+    for p in range(first, last):
+        _fill(op, arena, touched, p)
+        row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
+        _keep_passing(arena, row, active, where, width, mode, eps, ceiling)
+    return False
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _fill(op, arena, touched, p):
+    """Make sure that row `p` of the source's storage holds numbers.
+
+    The sheet may be some channels of a wider one, which shares its marks.
+    """
+    if not touched[op[S_TOUCHED] + p]:
+        row = op[S_BASE] + p * op[S_STRIDE]
+        arena[row : row + op[S_STRIDE]] = 0
+        touched[op[S_TOUCHED] + p] = 1
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _count_nonzero(arena, row, width):
+    blocks, n = width - width % simd.LANES, 0
+    for c in range(0, blocks, simd.LANES):
+        n += simd.lanes_in(simd.nonzero(arena, row + c))
+    for c in range(blocks, width):
+        n += arena[row + c] != 0
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _compact(op, arena, touched, csr, shared, member, members, barrier):
+    """A sheet's nonzeros by pixel; or, too many for a scatter, leave them where they are."""
+    begins, ends, channels, values, _ = csr
+    width, n = op[S_C], 0
+    blocks = width - width % simd.LANES
+    first, last = _share(op[S_H] * op[S_W], member, members)
+    for p in range(first, last):
+        if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
+            n += _count_nonzero(arena, op[S_OFFSET] + p * op[S_STRIDE], width)
+    few = total(n, barrier, member, members) <= op[DENSE]
+    if member == 0:
+        shared[FILLED] = not few
     end = first * width
     for p in range(first, last):
+        if not few:
+            _fill(op, arena, touched, p)
+            continue
         begins[p] = end
         if touched[op[S_TOUCHED] + p]:
-            start = op[S_OFFSET] + p * op[S_STRIDE]
-            row = arena[start : start + width]
-            for c in range(width):
-                if row[c] != 0:
+            row = op[S_OFFSET] + p * op[S_STRIDE]
+            for c in range(0, blocks, simd.LANES):
+                mask = simd.nonzero(arena, row + c)
+                end = _emit(mask, c, arena, row, end, channels, values)
+            for c in range(blocks, width):
+                if arena[row + c] != 0:
                     channels[end] = c
-                    values[end] = row[c]
+                    values[end] = arena[row + c]
                     end += 1
         ends[p] = end
     wait(barrier, members)
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _touch(op, arena, touched, p, first, last):
-    """Make sure that the channels first … last of the target's row `p` hold numbers.
-
-    A row that nobody wrote is cleared by whoever comes first; where threads share its channels,
-    each clears its own part, and its mark is set by the caller when all have met.
-    """
+@njit(nogil=True, cache=True, forceinline=True)
+def _touch(op, arena, touched, p):
+    """Make sure that the target's row `p` holds numbers: whoever comes first clears it."""
     if not touched[op[T_TOUCHED] + p]:
         start = op[T_OFFSET] + p * op[T_STRIDE]
-        arena[start + first : start + last] = 0
+        arena[start : start + op[T_C]] = 0
+        touched[op[T_TOUCHED] + p] = 1
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@njit(nogil=True, cache=True, forceinline=True)
 def _add_rows(out, at, weights, start, size, per_filter, channels, values, begin, end):
-    """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end, by fours.
-
-    Indices are unsigned: signed ones are checked for counting from the end, which stands in the way
-    of vector instructions.
-    """
-    o, n = np.uint64(at), np.uint64(size)
-    i = begin
-    while i + 4 <= end:
-        a = np.uint64(start + channels[i] * per_filter)
-        b = np.uint64(start + channels[i + 1] * per_filter)
-        c = np.uint64(start + channels[i + 2] * per_filter)
-        d = np.uint64(start + channels[i + 3] * per_filter)
-        v, w, x, y = values[i], values[i + 1], values[i + 2], values[i + 3]
-        for j in range(n):
-            out[o + j] = (
-                out[o + j]
-                + v * weights[a + j]
-                + w * weights[b + j]
-                + x * weights[c + j]
-                + y * weights[d + j]
-            )
-        i += 4
-    while i < end:
-        a = np.uint64(start + channels[i] * per_filter)
-        v = values[i]
-        for j in range(n):
-            out[o + j] = out[o + j] + v * weights[a + j]
-        i += 1
+    """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end."""
+    j = 0
+    while j + 128 <= size:
+        simd.add_128(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
+        j += 128
+    if j + 64 <= size:
+        simd.add_64(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
+        j += 64
+    if j + 32 <= size:
+        simd.add_32(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
+        j += 32
+    if j + 16 <= size:
+        simd.add_16(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
+        j += 16
+    while j + 4 <= size:
+        simd.add_4(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
+        j += 4
+    while j < size:
+        simd.add_1(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
+        j += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def _kernel_range(origin, dilation, kernel, extent):
     """Kernel offsets i with 0 ≤ origin + i·dilation < extent."""
     if dilation == 1:
@@ -498,6 +629,12 @@ def _kernel_range(origin, dilation, kernel, extent):
     return first, max(first, last)
 
 
+@njit(nogil=True, cache=True, forceinline=True)
+def _rows_within(op, top, row_first, row_last):
+    """Kernel offsets that lead from `top` to the target's rows row_first … row_last."""
+    return _kernel_range(top - row_first, op[DH], op[KH], row_last - row_first)
+
+
 @njit(nogil=True, cache=True)
 def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last):
     """Add to the target's rows row_first … row_last and channels c_first … c_last.
@@ -505,7 +642,7 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
     With all channels it also clears rows that nobody wrote, and marks them.
     """
     begins, ends, channels, values, _ = csr
-    height, width, s_height, s_width = op[T_H], op[T_W], op[S_H], op[S_W]
+    width, s_height, s_width = op[T_W], op[S_H], op[S_W]
     kh, kw, sh, sw, dh, dw = op[KH], op[KW], op[SH], op[SW], op[DH], op[DW]
     pad_top, pad_left, depth, stride = op[TOP], op[LEFT], op[T_C], op[T_STRIDE]
     target, marks, w_offset = op[T_OFFSET], op[T_TOUCHED], op[W_OFFSET]
@@ -514,7 +651,7 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
     one_run = whole and dw == 1 and stride == depth
     for y in range(s_height):
         top = y * sh - pad_top
-        i_first, i_last = _kernel_range(top, dh, kh, height)
+        i_first, i_last = _rows_within(op, top, row_first, row_last)
         for x in range(s_width):
             begin, end = begins[y * s_width + x], ends[y * s_width + x]
             if begin == end:
@@ -522,10 +659,7 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
             left = x * sw - pad_left
             j_first, j_last = _kernel_range(left, dw, kw, width)
             for i in range(i_first, i_last):
-                row = top + i * dh
-                if row < row_first or row >= row_last:
-                    continue
-                q = row * width + left
+                q = (top + i * dh) * width + left
                 if whole:
                     for j in range(j_first, j_last):
                         mark = marks + q + j * dw
@@ -534,10 +668,8 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
                             at = target + (q + j * dw) * stride
                             arena[at : at + depth] = 0
                 if one_run:
-                    at, start = (
-                        target + (q + j_first) * stride,
-                        w_offset + (i * kw + j_first) * depth,
-                    )
+                    at = target + (q + j_first) * stride
+                    start = w_offset + (i * kw + j_first) * depth
                     size = (j_last - j_first) * depth
                     _add_rows(
                         arena, at, weights, start, size, per_filter, channels, values, begin, end
@@ -552,24 +684,24 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
 
 
 @njit(nogil=True, cache=True)
-def _scatter_grouped(op, arena, weights, csr, touched):
+def _scatter_grouped(op, arena, weights, csr, touched, row_first, row_last):
     """Grouped and depthwise convolutions: every nonzero reaches its own group's channels only."""
     begins, ends, channels, values, _ = csr
     kh, kw = op[KH], op[KW]
     outs, ins = op[S_C] // op[GROUP], op[T_C] // op[GROUP]
     for y in range(op[S_H]):
+        top = y * op[SH] - op[TOP]
+        i_first, i_last = _rows_within(op, top, row_first, row_last)
         for x in range(op[S_W]):
             p = y * op[S_W] + x
             if begins[p] == ends[p]:
                 continue
-            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
-            i_first, i_last = _kernel_range(top, op[DH], kh, op[T_H])
-            j_first, j_last = _kernel_range(left, op[DW], kw, op[T_W])
+            left = x * op[SW] - op[LEFT]
+            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
             for i in range(i_first, i_last):
                 for j in range(j_first, j_last):
                     q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    _touch(op, arena, touched, q, 0, op[T_C])
-                    touched[op[T_TOUCHED] + q] = 1
+                    _touch(op, arena, touched, q)
                     at = op[T_OFFSET] + q * op[T_STRIDE]
                     for k in range(begins[p], ends[p]):
                         co = channels[k]
@@ -583,8 +715,8 @@ def _scatter_grouped(op, arena, weights, csr, touched):
 def _scatter(op, arena, touched, weights, csr, member, members, barrier):
     """A convolution's transpose from the nonzeros of its output's gradient."""
     if op[GROUP] > 1:
-        if member == 0:
-            _scatter_grouped(op, arena, weights, csr, touched)
+        first, last = _share(op[T_H], member, members)
+        _scatter_grouped(op, arena, weights, csr, touched, first, last)
         wait(barrier, members)
         return
     by_channel = members > 1 and op[T_C] >= 64 * members
@@ -619,7 +751,9 @@ def _clear_reached(op, arena, touched, csr, c_first, c_last):
             for i in range(i_first, i_last):
                 for j in range(j_first, j_last):
                     q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    _touch(op, arena, touched, q, c_first, c_last)
+                    if not touched[op[T_TOUCHED] + q]:
+                        start = op[T_OFFSET] + q * op[T_STRIDE]
+                        arena[start + c_first : start + c_last] = 0
 
 
 @njit(nogil=True, cache=True)
@@ -639,58 +773,77 @@ def _mark_reached(op, touched, csr):
 
 
 @njit(nogil=True, cache=True)
-def _store(op, arena, touched, csr):
+def _store(op, arena, touched, csr, first, last):
     """Add a list of nonzeros to a sheet of the same pixels."""
     begins, ends, channels, values, _ = csr
-    for p in range(op[S_H] * op[S_W]):
+    for p in range(first, last):
         if begins[p] == ends[p]:
             continue
-        _touch(op, arena, touched, p, 0, op[T_C])
-        touched[op[T_TOUCHED] + p] = 1
+        _touch(op, arena, touched, p)
         at = op[T_OFFSET] + p * op[T_STRIDE]
         for i in range(begins[p], ends[p]):
             arena[at + channels[i]] += values[i]
 
 
 @njit(nogil=True, cache=True)
-def _max_pool(op, arena, touched, active, best, winner):
+def _max_pool(op, arena, touched, active, row_first, row_last):
     """To the first maximum in row-major window order, of the channels C_FIRST … C_LAST.
 
     The activations hold just these channels: a pool of a concatenation takes one such row of the
-    table for each part, and the concatenation itself is never needed. `best` and `winner` are
-    scratch, one entry per channel.
+    table for each part, and the concatenation itself is never needed.
     """
     width = op[C_LAST] - op[C_FIRST]
-    best, winner = best[:width], winner[:width]
+    best, winner = np.empty(width, np.float32), np.empty(width, np.int32)
     for y in range(op[S_H]):
+        top = y * op[SH] - op[TOP]
+        own_first, own_last = _rows_within(op, top, row_first, row_last)
+        if own_first == own_last:
+            continue
         for x in range(op[S_W]):
-            p = y * op[S_W] + x
+            p, left = y * op[S_W] + x, x * op[SW] - op[LEFT]
             if not touched[op[S_TOUCHED] + p]:
                 continue
-            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
-            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+            _find_winners(op, active, top, left, best, winner)
+            source = op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST]
+            r = arena[source : source + width]
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-            if i_first == i_last or j_first == j_last:
-                continue  # nothing but padding
-            best[:] = -np.inf
-            winner[:] = (top + i_first * op[DH]) * op[T_W] + left + j_first * op[DW]
-            for i in range(i_first, i_last):
+            for i in range(own_first, own_last):
                 for j in range(j_first, j_last):
                     q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    where = op[A_OFFSET] + q * op[A_STRIDE]
-                    a = active[where : where + width]
-                    for c in range(width):
-                        larger = a[c] > best[c]
-                        best[c] = a[c] if larger else best[c]
-                        winner[c] = np.int32(q) if larger else winner[c]
-            source = op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST]
-            for c in range(width):
-                r = arena[source + c]
-                if r != 0:
-                    q = winner[c]
-                    _touch(op, arena, touched, q, 0, op[T_C])
-                    touched[op[T_TOUCHED] + q] = 1
-                    arena[op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST] + c] += r
+                    _add_winners(op, arena, touched, q, r, winner)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _find_winners(op, active, top, left, best, winner):
+    """The target pixel of every channel's first maximum in one window."""
+    i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+    j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+    best[:] = -np.inf
+    winner[:] = (top + i_first * op[DH]) * op[T_W] + left + j_first * op[DW]
+    for i in range(i_first, i_last):
+        for j in range(j_first, j_last):
+            q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+            where = op[A_OFFSET] + q * op[A_STRIDE]
+            a = active[where : where + best.size]
+            for c in range(best.size):
+                larger = a[c] > best[c]
+                best[c] = a[c] if larger else best[c]
+                winner[c] = np.int32(q) if larger else winner[c]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _add_winners(op, arena, touched, q, r, winner):
+    """Add the gradients of the channels whose maximum is at the target's pixel `q`."""
+    wins = 0
+    for c in range(r.size):
+        wins |= (winner[c] == q) & (r[c] != 0)
+    if not wins:
+        return
+    _touch(op, arena, touched, q)
+    at = op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST]
+    out = arena[at : at + r.size]
+    for c in range(r.size):
+        out[c] += r[c] if winner[c] == q else np.float32(0)
 
 
 @njit(nogil=True, cache=True)
@@ -707,28 +860,30 @@ def _divisor(op, top, left, i_count, j_count):
 
 
 @njit(nogil=True, cache=True)
-def _average_pool(op, arena, touched, share):
-    """To all cells of the window alike; `share` is scratch, one entry per channel."""
+def _average_pool(op, arena, touched, row_first, row_last):
+    """To all cells of the window alike."""
     width = op[T_C]
-    share = share[:width]
+    share = np.empty(width, np.float32)
     for y in range(op[S_H]):
+        top = y * op[SH] - op[TOP]
+        own_first, own_last = _rows_within(op, top, row_first, row_last)
+        if own_first == own_last:
+            continue
+        i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
         for x in range(op[S_W]):
-            p = y * op[S_W] + x
+            p, left = y * op[S_W] + x, x * op[SW] - op[LEFT]
             if not touched[op[S_TOUCHED] + p]:
                 continue
-            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
-            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
             count = np.float32(_divisor(op, top, left, i_last - i_first, j_last - j_first))
             source = op[S_OFFSET] + p * op[S_STRIDE]
             row = arena[source : source + width]
             for c in range(width):
                 share[c] = row[c] / count
-            for i in range(i_first, i_last):
+            for i in range(own_first, own_last):
                 for j in range(j_first, j_last):
                     q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    _touch(op, arena, touched, q, 0, width)
-                    touched[op[T_TOUCHED] + q] = 1
+                    _touch(op, arena, touched, q)
                     at = op[T_OFFSET] + q * op[T_STRIDE]
                     out = arena[at : at + width]
                     for c in range(width):
@@ -736,21 +891,22 @@ def _average_pool(op, arena, touched, share):
 
 
 @njit(nogil=True, cache=True)
-def _add(op, arena, touched, weights, scaled):
+def _add(op, arena, touched, weights, scaled, first, last):
     """Add a sheet to another of the same shape, times one factor per channel where `scaled`."""
     width = op[T_C]
-    for p in range(op[S_H] * op[S_W]):
+    factors = weights[op[W_OFFSET] : op[W_OFFSET] + width]
+    for p in range(first, last):
         if not touched[op[S_TOUCHED] + p]:
             continue
-        _touch(op, arena, touched, p, 0, width)
-        touched[op[T_TOUCHED] + p] = 1
+        _touch(op, arena, touched, p)
         at, source = op[T_OFFSET] + p * op[T_STRIDE], op[S_OFFSET] + p * op[S_STRIDE]
+        out, r = arena[at : at + width], arena[source : source + width]
         if scaled:
             for c in range(width):
-                arena[at + c] += arena[source + c] * weights[op[W_OFFSET] + c]
+                out[c] += r[c] * factors[c]
         else:
             for c in range(width):
-                arena[at + c] += arena[source + c]
+                out[c] += r[c]
 
 
 @njit(nogil=True, cache=True)
@@ -809,14 +965,13 @@ def _run(
                 op, floats[row], arena, touched, active, csr, work, shared, member, members, barrier
             )
         elif kind == COMPACT:
-            _compact(op, arena, touched, csr, member, members, barrier)
+            _compact(op, arena, touched, csr, shared, member, members, barrier)
         elif kind == SCATTER:
             if _too_many(op, arena, touched, csr, shared, member, members, barrier):
                 return row
             _scatter(op, arena, touched, weights, csr, member, members, barrier)
         else:
-            if member == 0:
-                _alone(op, kind, arena, touched, active, weights, csr, work)
+            _shared(op, kind, arena, touched, active, weights, csr, shared, member, members)
             wait(barrier, members)
         row += 1
     return row
@@ -828,46 +983,44 @@ def _too_many(op, arena, touched, csr, shared, member, members, barrier):
 
     With its border, which a trace shows: the padding trick is then left to the product too.
     """
-    if member == 0:
-        shared[COUNT] = _count(op, csr)
-        if shared[COUNT] > op[DENSE]:
-            _spread_out(op, arena, touched, csr)
-        else:
-            _clear_border(op, csr)
+    if shared[FILLED]:
+        return True
+    first, last = _share(op[S_H] * op[S_W], member, members)
+    inner = total(_count_inside(op, csr, first, last), barrier, member, members)
+    if inner > op[DENSE]:
+        _spread_out(op, arena, touched, csr, first, last)
+    else:
+        _clear_border(op, csr, first, last)
     wait(barrier, members)
-    dense = shared[COUNT] > op[DENSE]
-    wait(barrier, members)
-    return dense
+    return inner > op[DENSE]
 
 
 @njit(nogil=True, cache=True)
-def _spread_out(op, arena, touched, csr):
+def _spread_out(op, arena, touched, csr, first, last):
     """Replace the scatter's source sheet by the list of nonzeros, every row written."""
     begins, ends, channels, values, _ = csr
-    for p in range(op[S_H] * op[S_W]):
-        row, at = op[S_BASE] + p * op[S_STRIDE], op[S_OFFSET] + p * op[S_STRIDE]
-        if touched[op[S_TOUCHED] + p]:
-            arena[at : at + op[S_C]] = 0
-        else:
-            # The sheet may be some channels of a wider one, which shares its marks.
-            arena[row : row + op[S_STRIDE]] = 0
-            touched[op[S_TOUCHED] + p] = 1
+    for p in range(first, last):
+        _fill(op, arena, touched, p)
+        at = op[S_OFFSET] + p * op[S_STRIDE]
+        arena[at : at + op[S_C]] = 0
         for i in range(begins[p], ends[p]):
             arena[at + channels[i]] = values[i]
 
 
 @njit(nogil=True, cache=True)
-def _alone(op, kind, arena, touched, active, weights, csr, work):
-    """Operations that are too small to share."""
-    if kind == STORE:
-        _store(op, arena, touched, csr)
-    elif kind == MAX_POOL:
-        _max_pool(op, arena, touched, active, work, csr[2])
-    elif kind == AVERAGE_POOL:
-        _average_pool(op, arena, touched, work)
-    elif kind == ADD:
-        _add(op, arena, touched, weights, False)
-    elif kind == SCALE:
-        _add(op, arena, touched, weights, True)
+def _shared(op, kind, arena, touched, active, weights, csr, shared, member, members):
+    """Operations that every thread does for its own pixels or rows of the target."""
+    if kind in (MAX_POOL, AVERAGE_POOL):
+        first, last = _share(op[T_H], member, members)
+        if kind == MAX_POOL:
+            _max_pool(op, arena, touched, active, first, last)
+        else:
+            _average_pool(op, arena, touched, first, last)
+        return
+    first, last = _share(op[T_H] * op[T_W], member, members)
+    if kind == STORE and not shared[FILLED]:
+        _store(op, arena, touched, csr, first, last)
     elif kind == FORGET:
-        touched[op[T_TOUCHED] : op[T_TOUCHED] + op[T_H] * op[T_W]] = 0
+        touched[op[T_TOUCHED] + first : op[T_TOUCHED] + last] = 0
+    else:
+        _add(op, arena, touched, weights, kind == SCALE, first, last)

@@ -16,8 +16,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Layout of a barrier: how many have arrived, how often it has opened; on separate cache lines.
-ARRIVED, OPENED, BARRIER_SIZE = 0, 16, 32
+# Layout of a barrier: how many have arrived, how often it has opened, what has been added up; on
+# separate cache lines.
+ARRIVED, OPENED, SUMMED, BARRIER_SIZE = 0, 16, 32, 48
 _SPINS = 4000  # about 10 µs, after which the processor is offered to others
 
 
@@ -84,3 +85,18 @@ def wait(barrier, members):
         spins += 1
         if spins > _SPINS:
             _yield_processor()
+
+
+@njit(nogil=True, cache=True)
+def total(n, barrier, member, members):
+    """The sum of all members' `n`, whole numbers; they meet."""
+    if members == 1:
+        return n
+    _fetch_add(barrier, SUMMED, n)
+    wait(barrier, members)
+    result = _load(barrier, SUMMED)
+    wait(barrier, members)
+    if member == 0:
+        _store(barrier, SUMMED, 0)
+    wait(barrier, members)
+    return result

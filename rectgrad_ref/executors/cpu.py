@@ -27,10 +27,12 @@ from ..rules.declared import (
 )
 from ..rules.window import Window
 from ..threshold import ranks
+from .memory import aligned
 
 # Above this part of nonzeros a matrix product is faster than adding rows of weights one by one.
 DENSITY = 0.2
 NEVER = 2**62
+LINE = 16  # floats of a cache line; a vector that lies across two is slow
 
 _MODES = {"a*r": k.PASS_AR, "|a*r|": k.PASS_ABS_AR, "(a+eps)*r": k.PASS_A_EPS_R}
 
@@ -93,7 +95,7 @@ class WeightStore:
         if (name, use) not in self._offsets:
             # In this order, so that a fork at any moment leaves a whole store to the child.
             begin = sum(part.size for part in self._parts)
-            self._parts.append(np.ascontiguousarray(make(), np.float32).ravel())
+            self._parts.append(_in_lines(make()))
             self._offsets[name, use] = begin
         return self._offsets[name, use]
 
@@ -101,8 +103,17 @@ class WeightStore:
     def array(self) -> np.ndarray:
         """All of them."""
         if len(self._parts) != 1:
-            self._parts = [np.concatenate([np.zeros(0, np.float32), *self._parts])]
+            whole = aligned(sum(part.size for part in self._parts), np.float32)
+            if self._parts:
+                np.concatenate(self._parts, out=whole)
+            self._parts = [whole]
         return self._parts[0]
+
+
+def _in_lines(weights: np.ndarray) -> np.ndarray:
+    """Flat, with zeros up to a whole cache line."""
+    flat = np.ascontiguousarray(weights, np.float32).ravel()
+    return np.pad(flat, (0, -flat.size % LINE))
 
 
 @dataclass(eq=False)
@@ -292,7 +303,7 @@ class _Lowering:
         units = height * width * channels
         if value not in self.active:
             self.active[value] = self.active_size
-            self.active_size += units * self.graph.batch
+            self.active_size += -(-units * self.graph.batch // LINE) * LINE
         return {k.A_OFFSET: self.active[value], k.A_LENGTH: units, k.A_STRIDE: channels}
 
     def _allocate(self, value: str) -> Sheet:
@@ -302,7 +313,7 @@ class _Lowering:
     def _new(self, extents: tuple[int, int, int]) -> Sheet:
         """First fit among what was given back, in whole cache lines."""
         height, width, channels = extents
-        size = -(-height * width * channels // 16) * 16
+        size = -(-height * width * channels // LINE) * LINE
         fits = (i for i, (_, length) in enumerate(self.free) if length >= size)
         where = next(fits, None)
         if where is None:
@@ -338,10 +349,12 @@ class _Lowering:
         node = step.node
         sheet = self.sheet(node.outputs[0])
         reads = self.activations(node.outputs[0])
-        self.emit(k.ACTIVATE, sheet.source, reads, columns, numbers=numbers)
         z = node.inputs[0]
         before = self.step_of.get(z) if self.readers[z] == 1 else None
         straight = before if before and scatters(before, self.graph.batch) else None
+        # A trace shows what arrives, so that nothing may be cleared where it lies.
+        limit = {k.DENSE: NEVER} if self.trace else _limit(sheet, straight)
+        self.emit(k.ACTIVATE, sheet.source, reads, columns, limit, numbers=numbers)
         if straight is None or self.trace:
             self.emit(k.STORE, sheet.source, self.leaves(step).target)
         else:
@@ -355,7 +368,8 @@ class _Lowering:
     def convolution(self, step: Step) -> bool:
         if not scatters(step, self.graph.batch):
             return False
-        self.emit(k.COMPACT, self.sheet(step.node.outputs[0]).source)
+        sheet = self.sheet(step.node.outputs[0])
+        self.emit(k.COMPACT, sheet.source, _limit(sheet, step))
         self.scatter(step)
         return True
 
@@ -367,8 +381,6 @@ class _Lowering:
             target = self.sheet(node.inputs[0])
             columns = _window(Window.of(node)) | {k.GROUP: node["group"]}
             columns[k.W_OFFSET] = self.weights.add(node.inputs[1], "conv", lambda: _conv_rows(node))
-            columns[k.DENSE] = int(DENSITY * source.pixels * source.channels)
-            columns[k.BORDER] = int(isinstance(step.rule, ConvTranspose) and step.rule.mask_border)
         else:
             image = self._flattened(node.inputs[0])
             target = self.sheet(image)
@@ -378,7 +390,7 @@ class _Lowering:
             columns[k.W_OFFSET] = self.weights.add(
                 node.inputs[1], use, lambda: _matrix_rows(node, (c, h, w))
             )
-            columns[k.DENSE] = NEVER
+        columns |= _limit(source, step)
         self.steps[len(self.rows)] = step
         self.emit(k.SCATTER, source.source, target.target, columns)
 
@@ -514,6 +526,18 @@ class _Lowering:
             columns = {k.KH: h, k.KW: w, k.SH: 1, k.SW: 1, k.DH: 1, k.DW: 1}
         self.emit(k.AVERAGE_POOL, source.source, target.target, columns)
         return True
+
+
+def _limit(sheet: Sheet, step: Step | None) -> Columns:
+    """How many nonzeros are too many for a list, and whether the padding trick forgets some first.
+
+    Whoever decides counts in this way, so that one path is taken for one gradient. A matrix has no
+    other way than a list.
+    """
+    if step is not None and step.node.op != "Conv":
+        return {k.DENSE: NEVER}
+    border = step is not None and isinstance(step.rule, ConvTranspose) and step.rule.mask_border
+    return {k.DENSE: int(DENSITY * sheet.pixels * sheet.channels), k.BORDER: int(border)}
 
 
 Handler = Callable[[_Lowering, Step], bool]

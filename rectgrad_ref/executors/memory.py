@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..kernels import cpu as k
 from ..kernels.team import new_barrier
-from .cpu import Program
 
+if TYPE_CHECKING:
+    from .cpu import Program
+
+_LINE = 64  # bytes
 _SAMPLED = 2048  # the least that `kernels.cpu` wants of its scratch
+
+
+def aligned(size: int, dtype: type) -> np.ndarray:
+    """An array that begins with a cache line, for vectors that would else lie across two."""
+    itemsize = np.dtype(dtype).itemsize
+    raw = np.empty(size * itemsize + _LINE, np.uint8)
+    begin = -raw.ctypes.data % _LINE
+    return raw[begin : begin + size * itemsize].view(dtype)
 
 
 class _Growing:
@@ -23,7 +35,7 @@ class _Growing:
         """`size` numbers of any value."""
         array = self._arrays.get(name)
         if array is None or array.size < size:
-            array = self._arrays[name] = np.empty(size, dtype)
+            array = self._arrays[name] = aligned(size, dtype)
         return array[:size]
 
 

@@ -180,7 +180,7 @@ def scattered(
     target = bench.sheet(shape) if before is None else bench.put(before)
     geometry = window_columns(node) | {k.GROUP: node["group"], k.BORDER: int(border)}
     rows = (
-        (k.COMPACT, source.source, {}),
+        (k.COMPACT, source.source | {k.DENSE: NEVER}, {}),
         (k.SCATTER, source.source | target.target | geometry | {k.DENSE: dense}, {}),
     )
     weights = np.ascontiguousarray(W.transpose(0, 2, 3, 1)).ravel()
@@ -265,11 +265,13 @@ def test_scatter_sums_as_exactly_as_required(name: str, density: float) -> None:
 
 
 @pytest.mark.parametrize("members", TEAMS)
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("border", [False, True])
-def test_a_scatter_of_too_many_is_left_undone(border: bool, members: int) -> None:
+def test_a_scatter_of_too_many_is_left_undone(border: bool, listed: bool, members: int) -> None:
     """Its source holds what arrived, in whole rows; the target is as it was.
 
-    What the padding trick forgets is not counted, but still there.
+    What the padding trick forgets is not counted in a list, but still there. Without a list, it is
+    known to be too many before.
     """
     node, _, R = LARGE["rows"]
     R = R * (np.random.default_rng(0).random(R.shape) < 0.01)
@@ -281,7 +283,7 @@ def test_a_scatter_of_too_many_is_left_undone(border: bool, members: int) -> Non
     source, target = bench.put(R, before=2, after=3), bench.sheet(node.input_shapes[0][1:])
     geometry = window_columns(node) | {k.GROUP: 1, k.BORDER: int(border), k.DENSE: count - 1}
     rows = (
-        (k.COMPACT, source.source, {}),
+        (k.COMPACT, source.source | {k.DENSE: NEVER if listed else count - 1}, {}),
         (k.SCATTER, source.source | target.target | geometry, {}),
         (k.STOP, {}, {}),
     )
@@ -450,12 +452,13 @@ def passed(
     *,
     members: int = 1,
     around: tuple[int, int] = (0, 0),
+    dense: int = NEVER,
 ) -> tuple[Array, float]:
     """What ACTIVATE and STORE leave in an untouched sheet, and the threshold that was found."""
     bench = Bench()
     source = bench.put(R.astype(np.float32), before=around[0], after=around[1])
     target = bench.sheet(R.shape)
-    given_columns = {k.MODE: mode, k.A_STRIDE: len(a), k.A_OFFSET: 3, **columns}
+    given_columns = {k.MODE: mode, k.A_STRIDE: len(a), k.A_OFFSET: 3, k.DENSE: dense, **columns}
     rows = (
         (k.ACTIVATE, source.source | given_columns, {k.CEILING: np.inf, **numbers}),
         (k.STORE, source.source | target.target, {}),
@@ -511,6 +514,7 @@ def test_thresholds_are_those_of_the_reference(
     st.sampled_from(list(KINDS)),
     st.sampled_from(SHAPES[:-1]),
     st.sampled_from([-np.inf, -1.5, -1.0, -1e-30, 0.0, 1e-30, 0.3, 1.0, 2.0, np.inf]),
+    st.sampled_from([0, 20, NEVER]),
     st.sampled_from(TEAMS),
     generators(),
 )
@@ -519,13 +523,15 @@ def test_fixed_thresholds(
     kind: str,
     shape: tuple[int, ...],
     tau: float,
+    dense: int,
     members: int,
     rng: np.random.Generator,
 ) -> None:
     a, R = (array.astype(np.float32) for array in KINDS[kind](rng, shape))
     rule = Rectify(score=SCORES[mode], tau=tau, eps=0.25)
     mask, _ = rule.select(a[None], R[None], 1)
-    found, _ = passed(mode, a, R, {}, {k.TAU: tau, k.EPS: 0.25}, members=members)
+    numbers = {k.TAU: tau, k.EPS: 0.25}
+    found, _ = passed(mode, a, R, {}, numbers, members=members, around=(1, 2), dense=dense)
     np.testing.assert_array_equal(found, np.where(mask[0], R, 0))
 
 
@@ -576,6 +582,7 @@ PASSING = {
 @given(
     st.sampled_from(list(KINDS)),
     st.sampled_from(SHAPES[:-1]),
+    st.sampled_from([0, 20, NEVER]),
     st.sampled_from(TEAMS),
     generators(),
 )
@@ -584,11 +591,13 @@ def test_what_passes_without_a_threshold(
     ceiling: float,
     kind: str,
     shape: tuple[int, ...],
+    dense: int,
     members: int,
     rng: np.random.Generator,
 ) -> None:
     a, R = (array.astype(np.float32) for array in KINDS[kind](rng, shape))
-    found, _ = passed(mode, a, R, {}, {k.CEILING: ceiling}, members=members)
+    numbers = {k.CEILING: ceiling}
+    found, _ = passed(mode, a, R, {}, numbers, members=members, around=(1, 2), dense=dense)
     np.testing.assert_array_equal(found, np.where(PASSING[mode](a, R) & (a < ceiling), R, 0))
 
 
@@ -652,12 +661,16 @@ def test_forget(members: int) -> None:
     assert bench.get(behind).all()
 
 
-def test_store_adds_to_what_is_there() -> None:
+@pytest.mark.parametrize("dense", [0, NEVER])
+def test_store_adds_to_what_is_there(dense: int) -> None:
     rng = np.random.default_rng(1)
     x, before = integers(rng, 4, 3, 3, density=0.3), integers(rng, 4, 3, 3, density=0.3)
     bench = Bench()
     source, target = bench.put(x), bench.put(before)
-    rows = ((k.COMPACT, source.source, {}), (k.STORE, source.source | target.target, {}))
+    rows = (
+        (k.COMPACT, source.source | {k.DENSE: dense}, {}),
+        (k.STORE, source.source | target.target, {}),
+    )
     bench.run(*rows)
     np.testing.assert_array_equal(bench.get(target), before + x)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from rectgrad_ref.kernels.team import new_barrier, wait
+from rectgrad_ref.kernels.team import new_barrier, total, wait
 
 ROUNDS = 300
 
@@ -48,3 +48,20 @@ def test_teams_do_not_meet_each_other() -> None:
         for job in jobs:
             job.result(timeout=60)
     np.testing.assert_array_equal(seen[0], np.arange(1, 2 * ROUNDS + 1))
+
+
+@njit(nogil=True)
+def add_up(sums, rounds, member, members, barrier):  # type: ignore[no-untyped-def]
+    for i in range(rounds):
+        sums[member, i] = total(i * (member + 1), barrier, member, members)
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_every_member_knows_the_total(members: int) -> None:
+    sums, barrier = np.zeros((members, ROUNDS), np.int64), new_barrier()
+    with ThreadPoolExecutor(members) as pool:
+        jobs = [pool.submit(add_up, sums, ROUNDS, i, members, barrier) for i in range(members)]
+        for job in jobs:
+            job.result(timeout=60)
+    expected = np.arange(ROUNDS) * sum(range(1, members + 1))
+    np.testing.assert_array_equal(sums, np.tile(expected, (members, 1)))
