@@ -205,11 +205,12 @@ def sample_axes(graph: Graph) -> dict[str, SampleAxis]:
             # A constant that repeats one sample's values may stand along the sample axis.
             axis = _try(node, tuple(_axis(graph, axes, v) for v in node.inputs))
         if axis is not None:
-            axes.update(dict.fromkeys(node.outputs, axis))
+            each = axis if isinstance(axis, tuple) else (axis,) * len(node.outputs)
+            axes.update((v, a) for v, a in zip(node.outputs, each, strict=False) if v)
     return axes
 
 
-def _try(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
+def _try(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis | tuple[SampleAxis, ...]:
     known = OPERATORS[node.op].batch
     assert known is not None
     try:
@@ -258,17 +259,18 @@ def _is_same_alone(graph: Graph, axes: dict[str, SampleAxis]) -> bool:
     if len(alone.nodes) != len(graph.nodes):
         return False
     return all(
-        _is_same_node(node, other, axes[node.outputs[0]])
+        _is_same_node(node, other, axes)
         for node, other in zip(graph.nodes, alone.nodes, strict=True)
-        if node.outputs[0] in axes
+        if any(value in axes for value in node.outputs)
     )
 
 
-def _is_same_node(node: Node, alone: Node, axis: SampleAxis) -> bool:
+def _is_same_node(node: Node, alone: Node, axes: dict[str, SampleAxis]) -> bool:
     """Whether two nodes of the same place differ in the extent of the sample axis only."""
-    assert axis is not None
-    for shape, expected in zip(node.output_shapes, alone.output_shapes, strict=True):
-        if shape and (*shape[:axis], 1, *shape[axis + 1 :]) != expected:
+    shapes = zip(node.outputs, node.output_shapes, alone.output_shapes, strict=True)
+    for value, shape, expected in shapes:
+        axis = axes.get(value)
+        if shape and axis is not None and (*shape[:axis], 1, *shape[axis + 1 :]) != expected:
             return False
     constants = list(zip(node.constants, alone.constants, strict=True))
     if node.op in ("Reshape", "Expand"):

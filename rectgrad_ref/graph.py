@@ -348,6 +348,7 @@ class _Builder:
             inputs += [""] * (position + 1 - len(inputs))
             inputs[position] = f"{key(proto)}/{position}"
             self._constant(inputs[position], constant)
+        op = opsets.modern(op, opset, inputs, values)
         shapes = [self._shape(value) or () for value in inputs]
         opsets.settle(op, opset, values, shapes)
         constants = tuple(self.constants.get(value) for value in inputs)

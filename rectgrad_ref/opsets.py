@@ -51,6 +51,8 @@ def _value(attribute: onnx.AttributeProto) -> Any:
     if attribute.type == AttributeProto.GRAPH:
         return attribute.g
     value = onnx.helper.get_attribute_value(attribute)
+    if attribute.type == AttributeProto.STRINGS:
+        return tuple(text.decode("utf-8", "replace") for text in value)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return tuple(value) if isinstance(value, list) else value
@@ -82,6 +84,19 @@ def attributes_to_inputs(
         elif name in old.attributes:
             values.pop(name, None)
     return constants
+
+
+def modern(op: str, opset: int, inputs: list[str], values: dict[str, Any]) -> str:
+    """The operator's name today; what its inputs and defaults meant before is settled in place."""
+    if op == "Scatter":
+        return "ScatterElements"
+    if op == "Upsample" or (op == "Resize" and opset < 11):
+        inputs.insert(1, "")  # roi
+        values.update(coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+        return "Resize"
+    if op == "RoiAlign" and opset < 16:
+        values["coordinate_transformation_mode"] = "output_half_pixel"
+    return op
 
 
 def settle(op: str, opset: int, values: dict[str, Any], shapes: list[Shape]) -> None:

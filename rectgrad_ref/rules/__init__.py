@@ -1,6 +1,22 @@
 """What every operator computes and how gradients pass it: one file per operator family."""
 
-from . import activation, arithmetic, linear, norm, pool, reduce, shape
+from . import (
+    activation,
+    algebra,
+    arithmetic,
+    index,
+    linear,
+    norm,
+    pool,
+    recurrent,
+    reduce,
+    resize,
+    sample,
+    shape,
+)
 from .registry import OPERATORS
 
-__all__ = ["OPERATORS", "activation", "arithmetic", "linear", "norm", "pool", "reduce", "shape"]
+__all__ = [
+    "OPERATORS", "activation", "algebra", "arithmetic", "index", "linear", "norm", "pool",
+    "recurrent", "reduce", "resize", "sample", "shape",
+]  # fmt: skip

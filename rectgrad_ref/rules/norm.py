@@ -114,6 +114,8 @@ def softmax(node: Node, input: Array) -> Array:
 
 @vjp("Softmax", wrt="input")
 def softmax_input(node: Node, R: Array, *, output: Array) -> Array:
+    # A row that is masked as a whole is no number; functions that put 0 there stop its gradient.
+    output = np.where(np.isnan(output), 0, output)
     return output * (R - (R * output).sum(axis=node["axes"], keepdims=True))
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 SampleAxis = int | None  # None: the value does not depend on the sample
-BatchRule = Callable[["Node", tuple[SampleAxis, ...]], SampleAxis]
+# Where the samples lie in the outputs: in all alike, or in each.
+BatchRule = Callable[["Node", tuple[SampleAxis, ...]], SampleAxis | tuple[SampleAxis, ...]]
 
 
 class NotSamplewise(Exception):

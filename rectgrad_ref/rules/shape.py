@@ -78,8 +78,8 @@ def _first_input(node: Node, axes: tuple[SampleAxis, ...]) -> SampleAxis:
 @operator("Dropout", batch=_first_input)
 def dropout(
     node: Node, data: Array, ratio: Array | None = None, training_mode: Array | None = None
-) -> Array:
-    return data
+) -> tuple[Array, Array]:
+    return data, np.ones(data.shape, bool)
 
 
 @vjp("Dropout", wrt="data")

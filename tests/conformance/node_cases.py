@@ -24,6 +24,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 from rectgrad_ref.errors import InvalidModel, UnsupportedOperator
 from rectgrad_ref.executors.cpu import _HANDLERS as LOWERED
 from rectgrad_ref.forward import NumpyForward
+from rectgrad_ref.graph import _RANDOM as RANDOM
 from rectgrad_ref.graph import Graph, freeze
 from rectgrad_ref.model import OLDEST_OPSET, read_model
 from rectgrad_ref.plan import make_plan
@@ -33,6 +34,8 @@ from rectgrad_ref.rules.registry import OPERATORS, find_vjp
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 NEWEST = defs.onnx_opset_version()
 _TAGGED = defs.OpSchema.DifferentiationCategory.Differentiable
+# Operators that ONNX renamed; the graph knows them by the new name.
+_RENAMED = {"Upsample": "Resize", "Scatter": "ScatterElements"}
 _FLOATS = {TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE}
 _NUMBERS = _FLOATS | {
     TensorProto.BOOL, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
@@ -70,14 +73,19 @@ class NodeCase:
 
     @cached_property
     def varied(self) -> tuple[str, ...]:
-        """The floating-point operands with a derivative: of a body, those that ONNX tags so."""
+        """The floating-point operands with a rule or, by ONNX's tags, a derivative.
+
+        Of an operator without either, all: the nodes for which it stands decide.
+        """
         tagged = _differentiable(self.op, self.opset)
-        found = []
+        op, found = _RENAMED.get(self.op, self.op), []
+        if op not in OPERATORS and not tagged:
+            tagged = tuple(range(self._formals))
         for i, name in enumerate(self.node.input):
-            if not name or self.operands[name].dtype.kind != "f":
+            if not name or self.operands[name].dtype.kind != "f" or not self.operands[name].size:
                 continue
             formal = min(i, self._formals - 1)
-            if formal in tagged or (self.op in OPERATORS and find_vjp(self.op, i)):
+            if formal in tagged or (op in OPERATORS and find_vjp(op, i)):
                 found.append(name)
         return tuple(dict.fromkeys(found))
 
@@ -100,8 +108,7 @@ class NodeCase:
             return "number types that NumPy does not have (bfloat16, float8, float4, int4, int2)"
         if self.opset < OLDEST_OPSET:
             return f"opsets before {OLDEST_OPSET}"
-        schema = defs.get_schema(self.op, self.opset)
-        if schema.node_determinism == defs.OpSchema.NodeDeterminism.NonDeterministic:
+        if self.op in RANDOM:
             return "random operators"
         if self._trains:
             return "training mode: inference is explained"
@@ -189,14 +196,18 @@ class NodeCase:
         with np.errstate(all="ignore"):
             graph = self.graph()
             plan = make_plan(graph, ())
-            x = next(p for p in _points(self.image, rng) if np.isfinite(_scores(graph, p)).all())
+            x = max(
+                _points(self.image, rng), key=lambda p: np.isfinite(_scores(graph, p)).sum()
+            )
             values = NumpyForward(np.float64)(graph, x, plan.exposes)
             constants = constants_as(graph.constants, x.dtype)
             u = rng.normal(size=graph.shapes[graph.logits])
             # Without the row itself, whose gradient is u and would hide a small one.
             u[:, : x.size] = 0
+            u[~np.isfinite(_scores(graph, x))] = 0  # what a mask has set to −∞
             v = rng.normal(size=x.shape)
-            numeric = u * (_scores(graph, x + h * v) - _scores(graph, x - h * v)) / (2 * h)
+            change = _scores(graph, x + h * v) - _scores(graph, x - h * v)
+            numeric = np.where(u == 0, 0, u * change / (2 * h))
             analytic = walk(plan, {**constants, **values}, u) * v
         scale = max(np.abs(numeric).sum(), np.abs(analytic).sum(), 1e-3)
         error = abs(analytic.sum() - numeric.sum())
@@ -324,7 +335,7 @@ the operator's name:"""
 
 def _how(op: str) -> str | None:
     """By what the operator is computed, if it is."""
-    if op in OPERATORS:
+    if _RENAMED.get(op, op) in OPERATORS:
         return "rule"
     if op in ("If", "Loop", "Scan"):
         return "unrolled"
@@ -345,13 +356,14 @@ def _row(op: str, total: Count) -> str:
 
 
 def _differentiates(op: str) -> bool:
-    return bool(_differentiable(op, NEWEST)) if op not in OPERATORS else bool(OPERATORS[op].vjps)
+    known = OPERATORS.get(_RENAMED.get(op, op))
+    return bool(known.vjps if known else _differentiable(op, NEWEST))
 
 
 def table() -> str:
     """docs/operators.md."""
     operators = {s.name for s in defs.get_all_schemas() if not s.domain and not s.deprecated}
-    operators.add("Upsample")  # deprecated, and still in many files
+    operators |= _RENAMED.keys()  # deprecated, and still in many files
     counts = {op: count(op) if op in cases() else Count() for op in sorted(operators)}
     known = [op for op in counts if _how(op)]
     sums = {}

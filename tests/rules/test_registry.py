@@ -6,10 +6,14 @@ from pathlib import Path
 
 import test_activation
 import test_arithmetic
+import test_index
 import test_linear
 import test_norm
 import test_pool
+import test_recurrent
 import test_reduce
+import test_resize
+import test_sample
 import test_shape
 from onnx import defs
 
@@ -18,10 +22,14 @@ from rectgrad_ref.rules import OPERATORS
 FAMILIES = (
     test_activation,
     test_arithmetic,
+    test_index,
     test_linear,
     test_norm,
     test_pool,
+    test_recurrent,
     test_reduce,
+    test_resize,
+    test_sample,
     test_shape,
 )
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
