@@ -437,7 +437,9 @@ def _facts(explainer: Explainer) -> dict[str, Any]:
     """Plain data about a model and how it was understood."""
     proto, graph = explainer.model.proto, explainer.graph
     weights = {tensor.name for tensor in proto.graph.initializer}
-    names = explainer.class_names(graph.classes)
+    # After an operator that onnx does not know, the number of classes is not known either.
+    classes = None if graph.shapes[graph.logits] is None else graph.classes
+    names = None if classes is None else explainer.class_names(classes)
     layers = analysis.activations(graph)
     return {
         **explainer.environment,
@@ -450,7 +452,7 @@ def _facts(explainer: Explainer) -> dict[str, Any]:
         "layout": explainer.layout,
         "scores": graph.logits,
         "head": graph.head,
-        "classes": graph.classes,
+        "classes": classes,
         "class_names": None if names is None else list(names),
         "layers": [node.outputs[0] for node in analysis.path(graph) if node.name in layers],
     }
@@ -493,7 +495,7 @@ def _show(facts: dict[str, Any], rules: Sequence[str], as_json: bool) -> None:
             print(f"{kind[:-1]:8}{value['name']}: {value['dtype']} ({shape})")
     print(f"{'image':8}{facts['image']}, planned for as {tuple(facts['image_shape'])}")
     before = f" (before {facts['head']})" if facts["head"] else ""
-    print(f"{'scores':8}{facts['scores']}{before}: {facts['classes']} classes")
+    print(f"{'scores':8}{facts['scores']}{before}: {facts['classes'] or '?'} classes")
     print(f"{'layers':8}{len(facts['layers'])} activations")
     print(f"{'backend':8}{facts['backend']}: {facts['forward']}\n")
     _print_table(

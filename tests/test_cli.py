@@ -400,15 +400,18 @@ def test_inspect_says_what_the_method_warns_of() -> None:
 def test_nodes_without_a_rule() -> None:
     nodes = [
         helper.make_node("Relu", ["x"], ["a"], name="fine"),
-        helper.make_node("Det", ["a"], ["b"], name="odd"),
+        helper.make_node("Odd", ["a"], ["b"], name="odd", domain="my"),
     ]
-    onnx.save(model(nodes, ["N", 3, 8, 8], "b"), "net.onnx")
+    made = model(nodes, ["N", 3, 8, 8], "b")
+    made.opset_import.append(helper.make_opsetid("my", 1))
+    onnx.save(made, "net.onnx")
     result = run("inspect", "net.onnx")
     assert result.exit_code == 1
+    assert "b: ? classes" in result.stdout
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
     assert rows["fine"][2] == "Gradient()"
-    assert rows["odd"][1:3] == ["Det", "NONE"]
-    assert result.stderr.startswith("error: Det 'odd'")
+    assert rows["odd"][1:3] == ["my.Odd", "NONE"]
+    assert result.stderr.startswith("error: my.Odd 'odd'")
     assert [
         n["rule"] for n in json.loads(run("inspect", "net.onnx", "--json").stdout)["nodes"]
     ] == [
@@ -417,7 +420,7 @@ def test_nodes_without_a_rule() -> None:
     ]
     before = files()
     result = run("explain", *GIVEN, "-o", "o.png", "--preprocess", "unit")
-    assert result.exit_code == 1 and "Det 'odd'" in result.stderr
+    assert result.exit_code == 1 and "my.Odd 'odd'" in result.stderr
     assert files() == before
 
 

@@ -420,14 +420,12 @@ def test_symbolic_extents() -> None:
 def test_unsupported_operators_are_refused_before_anything_runs() -> None:
     nodes = [
         helper.make_node("Relu", ["x"], ["a"]),
-        helper.make_node("CumSum", ["a", "axis"], ["sums"], name="running"),
-        helper.make_node("Flatten", ["sums"], ["logits"]),
+        helper.make_node("Odd", ["a"], ["b"], name="odd", domain="my"),
+        helper.make_node("Flatten", ["b"], ["logits"]),
     ]
-    axis = numpy_helper.from_array(np.array(1), "axis")
-    model = nets.model(nodes, ["N", 3], "logits", [axis])
-    with pytest.raises(
-        UnsupportedOperator, match=r"CumSum 'running' .*no backward rule; on the path"
-    ):
+    model = nets.model(nodes, ["N", 3], "logits")
+    model.opset_import.append(helper.make_opsetid("my", 1))
+    with pytest.raises(UnsupportedOperator, match=r"my\.Odd 'odd' .*no backward rule; on the path"):
         explain(model, np.ones((1, 3), np.float32), backend="reference")
 
 
