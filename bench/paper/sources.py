@@ -129,7 +129,14 @@ class Sources:
 
     def network(self, *, occluded: bool = False) -> Explainer:
         """The committed CIFAR-10 network."""
-        return Explainer(network_path(occluded=occluded), backend=self.backend)
+        if occluded not in self._networks:
+            path = network_path(occluded=occluded)
+            self._networks[occluded] = Explainer(path, backend=self.backend)
+        return self._networks[occluded]
+
+    @cached_property
+    def _networks(self) -> dict[bool, Explainer]:
+        return {}
 
     @cached_property
     def masked(self) -> Masked:
