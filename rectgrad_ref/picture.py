@@ -300,8 +300,8 @@ def layer_strip(
         for i, row in enumerate(rows):
             row.insert(0, first.pictures[sample] if i == 0 else None)
     note = (
-        f"{len(chosen)} of {len(spatial)} layers, from the input (left) to the logits (right): "
-        f"mean of {'a·R' if times_activation else 'R'} over channels"
+        f"{len(chosen)} of {len(spatial)} layers with a map, from the input (left) to the logits "
+        f"(right): mean of {'a·R' if times_activation else 'R'} over channels"
     )
     return _grid(rows, [heads], [a.method.title for a in attributions], note)
 
