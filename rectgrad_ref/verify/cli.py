@@ -70,6 +70,7 @@ def make_bundle(
     """Explain images and write what another implementation is compared with."""
     from ..cli import _methods, _targets
     from .bundle import make
+    from .report import counted
 
     with _reporting():
         if out.suffix != ".npz" or not out.parent.is_dir():
@@ -89,8 +90,9 @@ def make_bundle(
         bundle.save(out)
     contains = "with its model" if bundle.model is not None else "without its model"
     print(
-        f"wrote {out}: {len(bundle.inputs)} images, {len(bundle.layers)} layers, "
-        f"{bundle.dtype}, {contains}, {out.stat().st_size / 1000:.0f} kB"
+        f"wrote {out}: {counted(len(bundle.inputs), 'image')}, "
+        f"{counted(len(bundle.layers), 'layer')}, {bundle.dtype}, {contains}, "
+        f"{out.stat().st_size / 1000:.0f} kB"
     )
 
 

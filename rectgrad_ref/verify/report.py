@@ -141,7 +141,7 @@ def page(comparison: Comparison, diagnosis: Diagnosis) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in map_notes(comparison.map))
         parts.append(f"<h2>The final map</h2>{notes}{_pictures(comparison)}")
     parts += [_html(name_table(comparison)), _html(convention_table(comparison))]
-    sub = f"{bundle.provenance['model']}, {_counted(len(bundle.inputs), 'image')}, {bundle.dtype}"
+    sub = f"{bundle.provenance['model']}, {counted(len(bundle.inputs), 'image')}, {bundle.dtype}"
     return document(title, sub, parts)
 
 
@@ -391,7 +391,7 @@ def _pictures(comparison: Comparison) -> str:
             _figure(difference, peak / stronger, f"theirs − reference{more}"),
         ]
     rest = len(maps[0]) - _MOST_PICTURES
-    last = f"<p>{_counted(rest, 'further image')} not shown.</p>" if rest > 0 else ""
+    last = f"<p>{counted(rest, 'further image')} not shown.</p>" if rest > 0 else ""
     scaled = "" if np.allclose(scale, 1) else ", after the reference is brought to their scale"
     bar = _image(np.linspace(-1, 1, 128)[None], 1.0, "colours")
     return (
@@ -407,7 +407,8 @@ def _peak(values: np.ndarray) -> float:
     return float(np.percentile(np.abs(values), 99.5)) or 1.0
 
 
-def _counted(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """The number with its noun, as in "1 image" and "2 images"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 

@@ -51,7 +51,7 @@ def pictures() -> list[str]:
 def test_make(pictures: list[str]) -> None:
     result = run("make", *pictures, "-o", "b.npz", "--set", "q=90", "--layer", "conv2.relu")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("wrote b.npz: 2 images, 1 layers, float32, with its model")
+    assert result.stdout.startswith("wrote b.npz: 2 images, 1 layer, float32, with its model")
     made = load("b.npz")
     assert made.method.options()["q"] == 90
     assert list(made.layers) == ["conv2.relu"]
