@@ -229,6 +229,13 @@ def explain(
             if r["method"] == methods[0].id
         ],
     )
+    gaps = [
+        (r["image"], r["method"], f"{r['completeness_gap']:.4g}")
+        for r in records
+        if r["completeness_gap"] is not None
+    ]
+    if gaps:
+        _print_table(("image", "method", "completeness gap"), gaps)
     print(f"wrote {out}")
 
 

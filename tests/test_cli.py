@@ -160,6 +160,14 @@ def test_json_is_all_that_stdout_gets() -> None:
     assert isinstance(report["results"][2]["completeness_gap"], float)
 
 
+def test_the_completeness_gap_is_reported() -> None:
+    result = done("explain", *GIVEN[:2], "-o", "o.png", "-m", "saliency", "-m", "deeplift")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    gap = r.explain("net.onnx", "one.png", method="deeplift").completeness_gap
+    assert ["image", "method", "completeness", "gap"] in lines
+    assert ["one.png", "deeplift", f"{gap[0]:.4g}"] in lines
+
+
 def test_json_has_neither_infinity_nor_nan() -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
