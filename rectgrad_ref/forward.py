@@ -230,7 +230,7 @@ def _written_out(
     for node in nodes:
         first = key(node)
         if first in bodies and any(name.startswith(f"{first}/") for name in names):
-            yield from _written_out(bodies[first], bodies, names)
+            yield from bodies[first]
         else:
             yield node
 

@@ -262,15 +262,18 @@ class _Builder:
         self.types[image.name] = _tensor_type(image.dtype, input_shape)
 
     def add(self, proto: onnx.NodeProto) -> None:
+        """A node of the file."""
+        nodes = self._add(proto)
+        if nodes != [proto]:
+            self.bodies[key(proto)] = tuple(nodes)
+
+    def _add(self, proto: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Add the node or what it stands for; returns what was added."""
         body = written_out(proto, self.model.opset, self.types, self.constants)
         if body is None:
-            self._add(proto)
-            return
-        nodes = []
-        for inner in self._checked(proto, body):
-            self.add(inner)
-            nodes.append(inner)
-        self.bodies[key(proto)] = tuple(nodes)
+            self._add_one(proto)
+            return [proto]
+        return [node for inner in self._checked(proto, body) for node in self._add(inner)]
 
     def _checked(
         self, proto: onnx.NodeProto, body: Iterator[onnx.NodeProto]
@@ -293,7 +296,7 @@ class _Builder:
                 f"{error}"
             ) from error
 
-    def _add(self, proto: onnx.NodeProto) -> None:
+    def _add_one(self, proto: onnx.NodeProto) -> None:
         self._infer(proto)
         node = self._with_output_shapes(self._modernise(proto))
         array = self._fold(node)

@@ -166,8 +166,9 @@ class RectGrad(Method):
 
     def _units(self, graph: Graph, node: Node) -> int:
         shape = node.output_shapes[0]
-        groups = {"sample": graph.batch, "channel": graph.batch * shape[1], "batch": 1}[self.scope]
-        return prod(shape) // groups
+        channels = graph.batch * prod(shape[1:2])
+        groups = {"sample": graph.batch, "channel": channels, "batch": 1}
+        return prod(shape) // groups[self.scope]
 
     def _dies_at(self, graph: Graph, node: Node) -> str | None:
         units = self._units(graph, node)
