@@ -383,7 +383,7 @@ class _Run:
 
         def seed_of(scores: np.ndarray) -> np.ndarray:
             chosen = self._choose(scores, rows) if target is None else target
-            return _seed(scores, chosen, self.method.output_seed)
+            return seed_at(scores, chosen, self.method.output_seed)
 
         return prepared.runner(
             x,
@@ -413,8 +413,8 @@ class _Run:
         return scores.argmax(axis=1) if len(scores) else np.zeros(0, np.int64)
 
 
-def _seed(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
-    """What enters at the logits (SPEC section 1)."""
+def seed_at(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
+    """What enters at the logits (SPEC section 1), shape (N, classes)."""
     rows = np.arange(len(scores))
     seed = np.zeros_like(scores)
     if kind == "softmax":
