@@ -14,7 +14,6 @@ from .. import analysis
 from ..attribution import Attribution, Layer
 from ..errors import BackendUnavailable, RectGradWarning
 from ..explainer import Explainer
-from ..graph import Node
 from ..images import PreprocessLike
 from ..methods import DeepLift, Method, RectGrad, make_method
 from ..model import ModelSource
@@ -47,7 +46,7 @@ _AGREEING: dict[str, dict[str, Any]] = {
     "saliency": {"method": "saliency"},
     "guided backpropagation": {"method": "guided_backprop"},
 }  # fmt: skip
-_EPSILON_LRP_NAME = "ε-LRP tends to gradient × input as ε → 0"
+_EPSILON_LRP_NAME = "ε-LRP → gradient × input for ε = 1e-4, 1e-7, 1e-10"
 _EXACT, _SINGLE = "NumPy float64", "NumPy float32"
 _EPSILONS = (1e-4, 1e-7, 1e-10)
 _STEPS = (50, 400)
@@ -197,12 +196,8 @@ class _Examination:
         first = self.exact.explain(given, method="saliency")
         self.x = first.inputs.astype(np.float32)
         self.target, self.graph = first.target, self.exact.graph
-        self.images = "seeded noise" if images is None else f"{len(self.x)} image(s)"
-        self.layers: list[Node] = [
-            node
-            for node in analysis.path(self.graph)
-            if node.name in analysis.activations(self.graph)
-        ]
+        plural = "" if len(self.x) == 1 else "s"
+        self.images = "seeded noise" if images is None else f"{len(self.x)} image{plural}"
 
     def certificate(self, tell: Tell) -> Certificate:
         groups = {
@@ -239,8 +234,10 @@ class _Examination:
 
     def _identities(self) -> Iterator[Check]:
         group = "Identities (paper 4.2, appendix E)"
-        others = sorted({node.op for node in self.layers if node.op != "Relu"})
-        if others or not self.layers:
+        names = analysis.activations(self.graph)
+        found = {node.op for node in analysis.path(self.graph) if node.name in names}
+        others = sorted(found - {"Relu"})
+        if others or not found:
             reason = f"activations are {', '.join(others)}" if others else "there are none"
             for name in (*_IDENTITIES, _EPSILON_LRP_NAME):
                 note = f"an identity for ReLU; here {reason}"
@@ -272,9 +269,7 @@ class _Examination:
             product.size,
             largest=distances[-1],
             allowed=_EPSILON_LRP,
-            note="; ".join(
-                f"{d:.1e} at ε = {e:g}" for d, e in zip(distances, _EPSILONS, strict=True)
-            ),
+            note=" → ".join(f"{distance:.0e}" for distance in distances),
         )
 
     # --- agreement of the backends ----------------------------------------------------------------
@@ -429,7 +424,7 @@ class _Examination:
             0,
             gaps[1],
             gaps[0],
-            "allowed is the gap after the fewer steps",
+            f"allowed: that of {_STEPS[0]} steps",
         )
 
     def _gap(self, explainer: Explainer, method: Method) -> tuple[float, int]:

@@ -21,7 +21,7 @@ from .. import analysis
 from .. import threshold as threshold_module
 from ..errors import InvalidModel
 from ..executors import make_backend
-from ..explainer import Explainer
+from ..explainer import Explainer, seed_at
 from ..forward import Forward
 from ..graph import Graph, Node, freeze, input_spec
 from ..methods import Method, RectGrad
@@ -550,20 +550,6 @@ def tie_band(
     # τ follows the unit that it is the score of, so that unit alone cannot change sides.
     alone = (near.sum(axis=1, keepdims=True) == 1) & (score == threshold) & (rule.tau is None)
     return np.asarray((near & ~alone).reshape(a.shape))
-
-
-def seed_at(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
-    """What enters at the logits (SPEC section 1), shape (N, classes)."""
-    rows, seed = np.arange(len(scores)), np.zeros_like(scores)
-    if kind != "softmax":
-        seed[rows, target] = scores[rows, target] if kind == "logit" else 1
-        return seed
-    e = np.exp(scores - scores.max(axis=1, keepdims=True))
-    probability = e / e.sum(axis=1, keepdims=True)
-    chosen = probability[rows, target][:, None]
-    seed = -chosen * probability
-    seed[rows, target] += chosen[:, 0]
-    return np.asarray(seed)
 
 
 def seed_tolerance(scores: np.ndarray, target: np.ndarray, kind: str, unit: float) -> float:

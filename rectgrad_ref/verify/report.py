@@ -35,7 +35,7 @@ table { border-collapse: collapse; font-size: .87rem; width: 100%; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid #d8dee4;
          vertical-align: top; }
 th { font-weight: 600; color: #57606a; } td.n, th.n { text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { padding-left: .5rem; overflow-wrap: anywhere; }
+th:first-child, td:first-child { padding-left: .5rem; min-width: 8rem; overflow-wrap: anywhere; }
 tr.first td { background: #ffebe9; }
 tr.first td:first-child { box-shadow: inset .2rem 0 #cf222e; }
 .exact, .rounding, .holds { color: #1a7f37; } .threshold { color: #9a6700; }

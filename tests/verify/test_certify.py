@@ -154,7 +154,7 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_package_s_own_network() -> None:
     found = certify()
     assert found.holds
-    assert found.images == "1 image(s)"
+    assert found.images == "1 image"
     assert [layer.value for layer in found.layers] == [f"relu{i}" for i in range(1, 6)]
 
 

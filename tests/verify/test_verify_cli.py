@@ -232,7 +232,7 @@ def test_self_in_json_on_pictures(pictures: list[str]) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["holds"] is True
-    assert found["images"] == "2 image(s)"
+    assert found["images"] == "2 images"
     assert {check["verdict"] for check in found["checks"]} == {"holds", "reported"}
     assert [layer["value"] for layer in found["layers"]] == list(peer.RELUS)
 
