@@ -13,6 +13,7 @@ import numpy as np
 
 from ..forward import OnnxruntimeForward
 from ..kernels import cpu as k
+from ..kernels.team import wait
 from ..plan import Plan, Step
 from ..reference import NOTHING, constants_as
 from ..rules.declared import Call, ConvTranspose, Values, mask_border
@@ -25,10 +26,11 @@ from .cpu import (
     image_of,
     is_lowerable,
     lower,
+    mark,
     scatters,
 )
 from .crew import Crew, at_fork, processors
-from .dense import DenseTransposes
+from .dense import DenseTransposes, channels_of, parts_of
 from .memory import Memory, Scratch
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
@@ -176,93 +178,113 @@ class _Walk:
         self.memory.touched[:, marks : marks + sheet.pixels] = 1
 
     def finish(self) -> None:
-        """Run the table; where samples stop at a step, do it for all that wait there.
-
-        Samples stop at different rows, because how many nonzeros are too many is asked of each.
-        Those that are behind go first, so that as many as possible meet.
-        """
-        end = len(self.program.table)
-        moving = np.arange(self.samples)
-        while True:
-            self._advance(moving)
-            row = int(self.rows.min(initial=end))
-            if row == end:
+        """Run the table, and the steps that it has nothing for."""
+        while self.samples:
+            self._advance()
+            # Every sample stops at every such step.
+            row = int(self.rows[0])
+            if row == len(self.program.table):
                 return
-            moving = np.flatnonzero(self.rows == row)
-            self._step(self.program.steps[row], moving)
-            self.rows[moving] += 1
+            self._reference(self.program.steps[row])
+            self.rows += 1
 
     def gradient(self, value: str) -> np.ndarray:
         """R of a value whose sheet is still its own, in the value's shape."""
         shape = self.program.plan.graph.shapes[value]
         assert shape is not None
         sheet = self.program.sheets[value]
-        return np.asarray(array_of(sheet, self.memory.arenas, self.memory.touched, shape))
+        return np.asarray(array_of(sheet, *self.memory.sheets, shape))
 
     def leaving(self, step: Step) -> np.ndarray:
         """R_in of a traced activation."""
         z, sheet = step.node.inputs[0], self.program.leaving.get(step.node.name)
         if sheet is None:
             return self.gradient(z)
-        return array_of(sheet, self.memory.arenas, self.memory.touched, step.node.input_shapes[0])
+        return array_of(sheet, *self.memory.sheets, step.node.input_shapes[0])
 
-    def _step(self, step: Step, waiting: np.ndarray) -> None:
-        """A step that has no kernel, by its rule; or a scatter of too many, by a dense product.
-
-        All samples meet at the former; at the latter, where nothing but weights is read, some.
-        """
-        everyone = len(waiting) == self.samples
-        pick = slice(None) if everyone else waiting
-        arenas, touched = self.memory.arenas[pick], self.memory.touched[pick]
-        if scatters(step, self.samples):
-            self._dense(step, arenas, touched)
-        else:
-            self._reference(step, arenas, touched)
-        if not everyone:
-            self.memory.arenas[pick], self.memory.touched[pick] = arenas, touched
-
-    def _dense(self, step: Step, arenas: np.ndarray, touched: np.ndarray) -> None:
-        node = step.node
-        source, target = self.program.sheets[node.outputs[0]], self.program.sheets[node.inputs[0]]
-        R = image_of(source, arenas, touched)
-        if isinstance(step.rule, ConvTranspose) and step.rule.mask_border:
-            R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
-        with Crew(self.backend.threads) as crew:
-            result = self.backend.dense(node, R, crew)
-        add_image(target, arenas, touched, result)
-
-    def _reference(self, step: Step, arenas: np.ndarray, touched: np.ndarray) -> None:
+    def _reference(self, step: Step) -> None:
+        """A step that has no kernel, by its rule."""
         node, sheets = step.node, self.program.sheets
-        shapes = self.program.plan.graph.shapes
+        shapes, arenas, touched = self.program.plan.graph.shapes, *self.memory.sheets
         R = tuple(array_of(sheets[v], arenas, touched, shapes[v] or ()) for v in node.outputs if v)
         for position, value in zip(step.positions, step.writes, strict=True):
             call = Call(node, position, R, self.values, self.baseline, self.samples)
             sheet = self.program.leaving.get(node.name) if position == 0 else None
             add_array(sheet or sheets[value], arenas, touched, step.rule(call))
 
-    def _advance(self, samples: np.ndarray) -> None:
-        """Each sample as far as the table goes: a thread each, or one team for few samples."""
+    def _advance(self) -> None:
+        """Every sample to the next step of the reference: each thread some, or one team all."""
+        everyone = np.arange(self.samples)
         with Crew(self.backend.threads) as crew:
             size = crew.size
-            if len(samples) >= size:
-                teams = [self.memory.scratch(i, self.program) for i in range(size)]
-                shares = [(teams[i], samples[i::size].copy(), 0, 1) for i in range(size)]
+            if self.samples >= size:
+                scratches = [self.memory.scratch(i, self.program) for i in range(size)]
+                shares = np.array_split(everyone, size)
+                teams = [_Team(self, *own) for own in zip(scratches, shares, strict=True)]
+                crew.map(lambda team: team.run(0, 1), teams)
             else:
-                team = self.memory.scratch(0, self.program)
-                shares = [(team, samples, i, size) for i in range(size)]
-            crew.map(lambda share: self._work(*share), shares)
+                team = _Team(self, self.memory.scratch(0, self.program), everyone)
+                crew.map(lambda member: team.run(member, size), range(size))
 
-    def _work(self, scratch: Scratch, samples: np.ndarray, member: int, members: int) -> None:
-        program = self.program
+
+class _Team:
+    """Threads that do the same samples together, or one thread alone."""
+
+    def __init__(self, walk: _Walk, scratch: Scratch, samples: np.ndarray) -> None:
+        self.walk, self.scratch, self.samples = walk, scratch, samples
+        self.errors: list[BaseException] = []
+
+    def run(self, member: int, members: int) -> None:
+        """As far as the table goes; scatters of too many are done by dense products."""
+        rows, steps = self.walk.rows, self.walk.program.steps
+        waiting = self.samples
+        while True:
+            self._advance(waiting, member, members)
+            # Samples stop at different rows, because each has nonzeros of its own. Those that are
+            # behind go first, so that as many as possible meet.
+            row = int(rows[self.samples].min())
+            step = steps.get(row)
+            if step is None or not scatters(step, self.walk.samples):
+                return
+            waiting = self.samples[rows[self.samples] == row]
+            wait(self.scratch.barrier, members)  # until all have looked at the rows
+            try:
+                self._dense(step, waiting, member, members)
+            except BaseException as error:  # nobody may be left waiting
+                self.errors.append(error)
+            wait(self.scratch.barrier, members)
+            if self.errors:
+                raise self.errors[0]
+            if member == 0:
+                target = self.walk.program.sheets[step.node.inputs[0]]
+                mark(target, self.walk.memory.touched, waiting)
+                rows[waiting] += 1
+            wait(self.scratch.barrier, members)
+
+    def _dense(self, step: Step, samples: np.ndarray, member: int, members: int) -> None:
+        """One member's share of the channels that a dense product adds to."""
+        node, sheets, memory = step.node, self.walk.program.sheets, self.walk.memory
+        parts = parts_of(node, members)
+        if member >= parts:
+            return
+        source, target = sheets[node.outputs[0]], sheets[node.inputs[0]]
+        R = image_of(source, *memory.sheets, samples)
+        if isinstance(step.rule, ConvTranspose) and step.rule.mask_border:
+            R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
+        result = self.walk.backend.dense(node, R, member, parts)
+        channels = slice(*channels_of(node, member, parts))
+        add_image(target, *memory.sheets, result, samples, channels)
+
+    def _advance(self, samples: np.ndarray, member: int, members: int) -> None:
+        walk, scratch = self.walk, self.scratch
         k.advance(
-            program.table,
-            program.floats,
-            self.rows,
+            walk.program.table,
+            walk.program.floats,
+            walk.rows,
             samples,
-            self.memory.arenas,
-            self.memory.touched,
-            self.memory.active,
-            self.weights,
+            *walk.memory.sheets,
+            walk.memory.active,
+            walk.weights,
             scratch.csr,
             scratch.work,
             scratch.shared,
@@ -270,3 +292,4 @@ class _Walk:
             members,
             scratch.barrier,
         )
+        wait(scratch.barrier, members)

@@ -696,52 +696,80 @@ class _NoWeights(WeightStore):
         return 0
 
 
-def image_of(sheet: Sheet, arena: np.ndarray, touched: np.ndarray) -> np.ndarray:
-    """One sheet of several samples; a view of the arena where all of it is written.
+def image_of(
+    sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, samples: np.ndarray
+) -> np.ndarray:
+    """The sheet of some samples, each row of which is written; a view where they are neighbours.
 
     Parameters
     ----------
-    arena : float32 array, (n, …); touched : uint8 array, (n, …)
+    arenas : float32 array, (N, …); touched : uint8 array, (N, …); samples : int array, (n,)
 
     Returns
     -------
     numpy.ndarray, shape (n, H, W, C)
     """
-    rows, marks = _views(sheet, arena, touched)
-    part = rows[:, :, sheet.first : sheet.first + sheet.channels]
-    filled = part if marks.all() else np.where(marks[:, :, None] != 0, part, np.float32(0))
-    return np.asarray(filled).reshape(len(arena), sheet.height, sheet.width, sheet.channels)
+    rows, _ = _views(sheet, arenas, touched)
+    part = rows[_indices(samples), :, sheet.first : sheet.first + sheet.channels]
+    return part.reshape(len(samples), sheet.height, sheet.width, sheet.channels)
 
 
-def add_image(sheet: Sheet, arena: np.ndarray, touched: np.ndarray, image: np.ndarray) -> None:
-    """Add a gradient (n, H, W, C) to a sheet that is nobody's part."""
-    rows, marks = _views(sheet, arena, touched)
-    image = image.reshape(rows.shape)
-    if marks.any():
-        image = np.where(marks[:, :, None] != 0, rows, np.float32(0)) + image
-    rows[:] = image
-    marks[:] = 1
+def add_image(
+    sheet: Sheet,
+    arenas: np.ndarray,
+    touched: np.ndarray,
+    image: np.ndarray,
+    samples: np.ndarray,
+    channels: slice,
+) -> None:
+    """Add a gradient (n, H, W, C) to channels of a sheet that is nobody's part; see `mark`."""
+    rows, marks = _views(sheet, arenas, touched)
+    pick = _indices(samples)
+    image = image.reshape(len(samples), sheet.pixels, -1)
+    if marks[pick].any():
+        image = np.where(marks[pick, :, None] != 0, rows[pick, :, channels], np.float32(0)) + image
+    rows[pick, :, channels] = image
+
+
+def mark(sheet: Sheet, touched: np.ndarray, samples: np.ndarray) -> None:
+    """Every row of the sheet holds numbers now."""
+    begin = sheet.storage.touched
+    touched[_indices(samples), begin : begin + sheet.pixels] = 1
+
+
+def _indices(samples: np.ndarray) -> slice | np.ndarray:
+    """Neighbours as a slice, of which NumPy makes no copy."""
+    first, last = int(samples[0]), int(samples[-1])
+    return slice(first, last + 1) if last - first + 1 == len(samples) else samples
 
 
 def array_of(
-    sheet: Sheet, arena: np.ndarray, touched: np.ndarray, shape: tuple[int, ...]
+    sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """A copy of one sheet of several samples, in the value's own shape and axis order."""
-    image = image_of(sheet, arena, touched)
-    return np.array(image.transpose(0, 3, 1, 2), order="C").reshape(shape)
+    """A copy of one sheet of all samples, in the value's own shape and axis order."""
+    rows, marks = _views(sheet, arenas, touched)
+    part = rows[:, :, sheet.first : sheet.first + sheet.channels]
+    result = np.empty((len(rows), sheet.channels, sheet.pixels), np.float32)
+    np.copyto(result, part.transpose(0, 2, 1))
+    if not marks.all():
+        np.copyto(result, np.float32(0), where=marks[:, None, :] == 0)
+    return result.reshape(shape)
 
 
-def add_array(sheet: Sheet, arena: np.ndarray, touched: np.ndarray, value: np.ndarray) -> None:
+def add_array(sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, value: np.ndarray) -> None:
     """Add a gradient in the value's own axis order to a sheet that is nobody's part."""
-    image = value.reshape(len(arena), sheet.channels, sheet.height, sheet.width)
-    add_image(sheet, arena, touched, image.transpose(0, 2, 3, 1))
+    everyone = np.arange(len(arenas))
+    image = value.reshape(len(arenas), sheet.channels, sheet.height, sheet.width)
+    last = image.transpose(0, 2, 3, 1)
+    add_image(sheet, arenas, touched, last, everyone, slice(None))
+    mark(sheet, touched, everyone)
 
 
-def _views(sheet: Sheet, arena: np.ndarray, touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole rows of the storage (n, pixels, stride), and their marks (n, pixels)."""
+def _views(sheet: Sheet, arenas: np.ndarray, touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole rows of the storage (N, pixels, stride), and their marks (N, pixels)."""
     begin, marks = sheet.storage.offset, sheet.storage.touched
-    rows = arena[:, begin : begin + sheet.pixels * sheet.stride]
+    rows = arenas[:, begin : begin + sheet.pixels * sheet.stride]
     return (
-        rows.reshape(len(arena), sheet.pixels, sheet.stride),
+        rows.reshape(len(arenas), sheet.pixels, sheet.stride),
         touched[:, marks : marks + sheet.pixels],
     )

@@ -40,17 +40,18 @@ class Crew:
             Crew._lock.release()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`function` of every item, at once; at most `size` items."""
-        first, *rest = items
-        others = [self._threads().submit(function, item) for item in rest]
-        results = [function(first)]
-        return results + [other.result() for other in others]
+        """`function` of every item, at once; at most `size` items.
+
+        The caller only waits: an interrupt reaches it alone, and no item that others wait for.
+        """
+        if self.size == 1:
+            return [function(item) for item in items]
+        return list(self._threads().map(function, items))
 
     def _threads(self) -> ThreadPoolExecutor:
-        needed = self.size - 1
-        if Crew._pool is None or Crew._workers < needed:
-            Crew._pool = ThreadPoolExecutor(needed, thread_name_prefix="rectgrad")
-            Crew._workers = needed
+        if Crew._pool is None or Crew._workers < self.size:
+            Crew._pool = ThreadPoolExecutor(self.size, thread_name_prefix="rectgrad")
+            Crew._workers = self.size
         return Crew._pool
 
 

@@ -8,7 +8,7 @@ strides are ConvTranspose.
 
 from __future__ import annotations
 
-from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..forward import import_onnxruntime
 from ..graph import Node
-from .crew import Crew
+from .crew import at_fork
 
 # Fewer input channels than this are not worth a session of their own.
 _CHANNELS = 32
@@ -25,15 +25,17 @@ _CHANNELS = 32
 class DenseTransposes:
     """The transposes of one model's convolutions, each built when it is first needed.
 
-    The sessions have no threads of their own, of which a hundred sessions would have too many: a
-    crew runs them, each member for some samples, or for some of the result's channels.
+    The sessions have no threads of their own, of which a hundred sessions would have too many:
+    every thread of a team computes some of the result's channels.
     """
+
+    _building = Lock()
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[str, int, int], Any] = {}
 
-    def __call__(self, node: Node, R: np.ndarray, crew: Crew) -> np.ndarray:
-        """The gradient at a Conv's input.
+    def __call__(self, node: Node, R: np.ndarray, part: int, parts: int) -> np.ndarray:
+        """The gradient at a Conv's input, one of `parts` shares of its channels.
 
         Parameters
         ----------
@@ -41,33 +43,46 @@ class DenseTransposes:
 
         Returns
         -------
-        numpy.ndarray of float32, shape (n, H_in, W_in, C_in)
+        numpy.ndarray of float32, shape (n, H_in, W_in, C), channels as `channels` says
         """
-        if len(R) >= crew.size:
-            whole = partial(self._run, node, 0, 1)
-            return np.concatenate(crew.map(whole, np.array_split(R, crew.size)))
-        parts = _parts(node, crew.size)
-        run = [partial(self._run, node, i, parts) for i in range(parts)]
-        return np.concatenate(crew.map(lambda part: part(R), run), axis=-1)
+        session = self._session(node, part, parts)
+        return np.asarray(session.run(None, {"R": np.ascontiguousarray(R)})[0])
 
-    def _run(self, node: Node, part: int, parts: int, R: np.ndarray) -> np.ndarray:
+    def _session(self, node: Node, part: int, parts: int) -> Any:
         key = (node.outputs[0], part, parts)
-        if key not in self._sessions:
-            self._sessions[key] = _session(_graph(node, part, parts))
-        return np.asarray(self._sessions[key].run(None, {"R": np.ascontiguousarray(R)})[0])
+        with DenseTransposes._building:
+            if key not in self._sessions:
+                self._sessions[key] = _session(_graph(node, part, parts))
+        return self._sessions[key]
 
 
-def _parts(node: Node, members: int) -> int:
+def _unlock() -> None:
+    """A fork may take the lock along without its holder."""
+    DenseTransposes._building = Lock()
+
+
+at_fork(_unlock)
+
+
+def parts_of(node: Node, members: int) -> int:
     """Into how many parts the result's channels are cut; groups stay whole."""
     if node["group"] > 1:
         return 1
     return max(1, min(members, node.input_shapes[0][1] // _CHANNELS))
 
 
+def channels_of(node: Node, part: int, parts: int) -> tuple[int, int]:
+    """The first and behind the last channel of a part."""
+    channels = node.input_shapes[0][1]
+    return channels * part // parts, channels * (part + 1) // parts
+
+
 def _graph(node: Node, part: int, parts: int) -> bytes:
     weights = node.constants[1]
     assert weights is not None
-    weights = np.array_split(weights.astype(np.float32, copy=False), parts, axis=1)[part]
+    if parts > 1:
+        weights = weights[:, slice(*channels_of(node, part, parts))]
+    weights = weights.astype(np.float32, copy=False)
     attributes = {"group": node["group"], "dilations": list(node["dilations"])}
     rank = len(node["kernel_shape"])
     pads = [

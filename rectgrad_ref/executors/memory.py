@@ -76,6 +76,11 @@ class Memory:
         self.touched = touched.reshape(samples, program.touched_size)
         self.active = take("active", program.active_size, np.float32)
 
+    @property
+    def sheets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Arenas and marks."""
+        return self.arenas, self.touched
+
     def scratch(self, team: int, program: Program) -> Scratch:
         """The scratch of one of the teams that are at work."""
         scratch = self._scratches[team]
