@@ -61,7 +61,7 @@ class Explainer:
     layout : str, optional
         ``"NCHW"`` or ``"NHWC"`` where the input's shape does not tell.
     threads : int, optional
-        Of onnxruntime's forward pass.
+        Of the forward pass and of the walk back; one per processor by default.
     batch_size : int, optional
         Samples per forward pass; by default as many as take about one gigabyte.
 
@@ -87,8 +87,9 @@ class Explainer:
         threads: int | None = None,
         batch_size: int | None = None,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        for name, count in (("batch_size", batch_size), ("threads", threads)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.model: Model = read_model(onnx_path)
         self.input: InputSpec = input_spec(self.model, input)
         self._output = output_name(self.model, output)

@@ -296,9 +296,10 @@ def test_a_fixed_batch_of_dependent_samples_is_refused() -> None:
     Explainer(mixing(1), backend="reference")
 
 
-def test_batch_size_below_one() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        Explainer(NET.onnx(), batch_size=0)
+@pytest.mark.parametrize("count", ["batch_size", "threads"])
+def test_counts_below_one(count: str) -> None:
+    with pytest.raises(ValueError, match=f"{count} must be at least 1, got 0"):
+        Explainer(NET.onnx(), **{count: 0})
 
 
 def mixing(batch: int | str = "N") -> onnx.ModelProto:
