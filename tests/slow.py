@@ -240,15 +240,10 @@ def threshold(scores: Sequence[float], q: float, convention: str = "tf_nearest")
     if convention == "numpy_nearest":
         return ascending[round((n - 1) * (q / 100))]
     h = (n - 1) * q / 100
-    low, high = math.floor(h), math.ceil(h)
-    fraction = {
-        "lower": 0.0,
-        "higher": float(high > low),
-        "linear": h - low,
-        "midpoint": 0.5 * (high > low),
-    }
-    lo, hi = ascending[low], ascending[high]
-    return lo + (hi - lo) * fraction[convention]
+    lo, hi = ascending[math.floor(h)], ascending[math.ceil(h)]
+    if convention in ("lower", "higher"):
+        return lo if convention == "lower" else hi
+    return lo + (hi - lo) * (h - math.floor(h) if convention == "linear" else 0.5)
 
 
 def rectify(

@@ -25,6 +25,7 @@ conventions = st.sampled_from(PERCENTILES)
 
 
 @given(score_lists, percents, conventions, st.sampled_from([np.float32, np.float64]))
+@example([-2.0, 5e-45], 1.0, "higher", np.float32)
 def test_percentile_equals_sorting(
     scores: list[float], q: float, convention: str, dtype: type
 ) -> None:
