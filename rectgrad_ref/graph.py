@@ -188,7 +188,7 @@ def input_spec(model: Model, name: str | None = None) -> InputSpec:
     if name is None and len(candidates) != 1:
         raise InvalidModel(
             f"{model.name} has {len(candidates)} inputs ({', '.join(candidates) or 'none'}); "
-            "choose the image by input=NAME"
+            "choose the image by input=NAME (--input-name)"
         )
     if name is not None and name not in candidates:
         raise InvalidModel(f"{model.name} has no input {name!r}; it has {', '.join(candidates)}")
@@ -219,7 +219,7 @@ def output_name(model: Model, name: str | None = None) -> str:
     if name is None and len(names) != 1:
         raise InvalidModel(
             f"{model.name} has {len(names)} outputs ({', '.join(names) or 'none'}); "
-            "choose the class scores by output=NAME"
+            "choose the class scores by output=NAME (--output-name)"
         )
     if name is not None and name not in names:
         raise InvalidModel(f"{model.name} has no output {name!r}; it has {', '.join(names)}")
@@ -536,5 +536,6 @@ def _check_scores(graph: Graph) -> None:
     if not shape or shape[0] != graph.batch or sum(extent > 1 for extent in shape[1:]) > 1:
         raise InvalidModel(
             f"{name}: the output {graph.output!r} is no class score per sample: {graph.logits!r} "
-            f"has shape {shape} for {graph.batch} samples. Choose another by output=NAME."
+            f"has shape {shape} for {graph.batch} samples. Choose another by output=NAME "
+            "(--output-name)."
         )
