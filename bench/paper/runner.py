@@ -157,9 +157,6 @@ def run(
     commits, seconds = found.provenance()
     conclusion = experiment.conclude(sources, found)
     plots = experiment.plot(conclusion, found, out)
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    experiment.pictures(sources, pictures)
     content = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -179,6 +176,9 @@ def run(
     path = out / f"{experiment.name}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    experiment.pictures(sources, pictures)
     console.print(f"{experiment.name}: {conclusion.verdict}; {path}; pictures: {pictures}")
     return path
 
