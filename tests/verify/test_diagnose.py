@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -153,8 +153,15 @@ RULES = ["percentile over the batch", "not strict", "absolute scores", "scores R
 OTHERS = ["no padding trick", "no final threshold", "seeded with the softmax", "BGR"]
 
 
-@pytest.mark.parametrize("pair", [*((r, o) for r in RULES for o in OTHERS),
-                                  *combinations(OTHERS, 2)], ids=" + ".join)  # fmt: skip
+PAIRS = list(product(RULES, OTHERS))
+QUICK = PAIRS[::5]  # each of either once
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in PAIRS if p not in QUICK)],
+    ids=" + ".join,
+)
 def test_pairs_of_mistakes(bundle: Bundle, pair: tuple[str, str]) -> None:
     how = MISTAKES[pair[0]].how | MISTAKES[pair[1]].how
     found = diagnosed(bundle, peer.explain(bundle, **how))

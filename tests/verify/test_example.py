@@ -57,6 +57,7 @@ def test_implementations(reference: Bundle, engine: Engine | None, name: str) ->
     assert expected in {deviation.id for deviation in found.deviations}
 
 
+@pytest.mark.slow
 def test_the_script(capsys: Any) -> None:
     example.main(["no × input"])
     assert "\nno × input: differs\n  × input is missing" in capsys.readouterr().out
