@@ -15,7 +15,7 @@ from rectgrad_ref.explainer import Explainer
 from rectgrad_ref.methods import Method
 
 from .. import plots
-from ..evidence import Claim, Conclusion, Table, compare, lower_than
+from ..evidence import SIGNIFICANT, Claim, Conclusion, Table, compare, lower_than, p_value
 from ..maps import OURS, RECTGRAD, heatmaps, imagenet_methods, paper_methods, shown, similarity
 from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
@@ -101,6 +101,7 @@ class Adversarial(Experiment):
             flipped = values["flipped"]
             if flipped.any():
                 claims += [_most_sensitive(values, names, kind, where) for kind in _KINDS]
+                claims += [_reacts(values, where)] if not flipped.all() else []
             tables.append(_table(values, names, where))
         return Conclusion(
             scale="; ".join(
@@ -121,6 +122,12 @@ class Adversarial(Experiment):
             },
             tables=tables,
             claims=claims,
+            remarks=[
+                "A cosine counts every change, noise too: where a method's maps change as much "
+                "though the class stays, they are unstable rather than class sensitive. So the "
+                "last claim of each network compares the images whose class changes with those "
+                "whose class stays."
+            ],
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
@@ -201,6 +208,21 @@ def _most_sensitive(values: Arrays, names: Sequence[str], kind: str, where: str)
         "RectGrad's",
         not any(pair.higher for pair in pairs.values()),
         f"by the cosine of the maps before and after, {lower_than(RECTGRAD, pairs)}",
+    )
+
+
+def _reacts(values: Arrays, where: str) -> Claim:
+    """Other images, so the test is not paired."""
+    from scipy.stats import mannwhitneyu
+
+    cosines, flipped = values[f"plain, {RECTGRAD}"], values["flipped"]
+    p = float(mannwhitneyu(cosines[flipped], cosines[~flipped], alternative="less").pvalue)
+    return Claim(
+        f"{where}: RectGrad's maps change more where the class changes than where it stays",
+        p < SIGNIFICANT,
+        f"median cosine {np.median(cosines[flipped]):.2f} on {flipped.sum()} images against "
+        f"{np.median(cosines[~flipped]):.2f} on {(~flipped).sum()}, Mann–Whitney test, "
+        f"{p_value(p)}",
     )
 
 
