@@ -332,8 +332,7 @@ def _check_destination(
     out: Path, images: Sequence[Path], methods: Sequence[Method], trace: bool
 ) -> None:
     """Refuse what could not be written before anything is computed."""
-    if not out.parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {out.parent}")
+    _check_parent(out)
     if _is_folder(out):
         mixing = [method.id for method in methods if method.whole_batch]
         if mixing and len(images) > 1:
@@ -355,6 +354,11 @@ def _check_destination(
         raise OutputError(
             f"cannot write {out}: a strip of layers shows one image, not {len(images)}"
         )
+
+
+def _check_parent(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.parent}")
 
 
 @contextmanager
@@ -674,6 +678,9 @@ def demo(
     ),
 ) -> None:
     """Explain a photograph of a cat with every method."""
+    _check_parent(out)
+    if out.suffix.lower() not in _FIGURES:
+        raise OutputError(f"cannot write {out}: choose {', '.join(_FIGURES)}")
     from .demo import explain_cat
 
     with _progress(len(METHODS)) as advance:

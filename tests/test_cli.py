@@ -470,6 +470,14 @@ def test_models_that_cannot_be_had_that_way(arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("out", ["demo.gif", "demo.npz", "demo", "absent/demo.png"])
+def test_demo_refuses_before_it_computes(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(demo, "explain_cat")
+    result = run("demo", "-o", out)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: cannot write {out}: ")
+
+
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise AssertionError("the demonstration must not use the network")
