@@ -84,6 +84,8 @@ class Experiment(ABC):
         The paper's outcome, in words.
     quick
         Settings with which it ends within five minutes on two cores.
+    revision
+        Of what units compute and store; raised so that older results are not taken for newer ones.
     """
 
     name: ClassVar[str]
@@ -91,6 +93,7 @@ class Experiment(ABC):
     figures: ClassVar[str]
     paper: ClassVar[str]
     quick: ClassVar[Mapping[str, Any]] = {}
+    revision: ClassVar[int] = 1
 
     @abstractmethod
     def inputs(self, sources: Sources) -> dict[str, str]:
@@ -137,6 +140,7 @@ def run(
     inputs = experiment.inputs(sources)
     identity = {
         "settings": asdict(experiment),
+        "revision": experiment.revision,
         "seed": sources.seed,
         "backend": sources.backend,
         "inputs": inputs,

@@ -76,6 +76,7 @@ class NoiseLevel(Experiment):
         "variation of their maps is the lowest too."
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 100}
+    revision: ClassVar[int] = 2
 
     masked: int = 10
     images: int = 10_000

@@ -69,6 +69,7 @@ class PropagationRules(Experiment):
         "features or highlights the background; PR3 and PR4 fail in a single layer already. So PR1."
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 200, "photos": 4}
+    revision: ClassVar[int] = 2
 
     masked: int = 10
     images: int = 10_000
