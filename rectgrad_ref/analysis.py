@@ -21,14 +21,16 @@ _GATES = {"Sigmoid", "HardSigmoid", "Softmax"}
 # What a gate's value may pass before it multiplies another one.
 _CARRIERS = {
     "Reshape", "Expand", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Cast", "Transpose",
-    "Dropout", "Slice", "Split", "Tile", "Resize", "Add", "Sub", "Mul", "Div",
+    "Dropout", "Slice", "Split", "Tile", "Resize", "Add", "Sub", "Mul", "Div", "Where",
 }  # fmt: skip
 _WITH_CONSTANT = {"Add", "Sub", "Mul", "Div"}
 _NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softplus", "Softmax", "Exp", "Abs"}
 _KEEPS_SIGN = {
     "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Dropout", "Identity",
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "Add",
-    "Mul", "Max", "Min", "Expand", "Tile", "Sum", "Mean", "Sqrt", "Relu",
+    "Mul", "Max", "Min", "Expand", "Tile", "Sum", "Mean", "Sqrt", "Relu", "DepthToSpace",
+    "SpaceToDepth", "GatherElements", "GatherND", "ReduceMean", "ReduceSum", "ReduceMax",
+    "ReduceMin", "TopK",
 }  # fmt: skip
 
 
@@ -76,7 +78,8 @@ def differentiated(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[int, 
 def activations(graph: Graph) -> frozenset[str]:
     """Names of the activations on the path: what RectGrad thresholds (SPEC section 2).
 
-    Not among them: a Clip that is no ReLU-N, and a Sigmoid that gates or weights another value.
+    Not among them: a Clip that is no ReLU-N, a Sigmoid that gates or weights another value, and a
+    Tanh that caps the scores of an attention.
     """
     found = set()
     for node in path(graph):
@@ -85,6 +88,8 @@ def activations(graph: Graph) -> frozenset[str]:
         if node.op == "Clip" and not _is_relu_n(node):
             continue
         if node.op in _GATES and _gates(graph, node.outputs[0]):
+            continue
+        if node.op == "Tanh" and _caps_weights(graph, node.outputs[0]):
             continue
         found.add(node.name)
     return frozenset(found)
@@ -105,6 +110,17 @@ def _gates(graph: Graph, value: str) -> bool:
             return True
         carries = node.op in _CARRIERS and not (node.op in _WITH_CONSTANT and others)
         if carries and any(_gates(graph, v) for v in node.outputs if v):
+            return True
+    return False
+
+
+def _caps_weights(graph: Graph, value: str) -> bool:
+    """Whether a Softmax makes the value weights of another one, as in soft-capped attention."""
+    for node in graph.consumers.get(value, ()):
+        if node.op == "Softmax" and _gates(graph, node.outputs[0]):
+            return True
+        # Whatever else enters: a mask may be added.
+        if node.op in _CARRIERS and any(_caps_weights(graph, v) for v in node.outputs if v):
             return True
     return False
 
@@ -321,8 +337,12 @@ _LINEAR = {
     "Conv", "ConvTranspose", "Gemm", "BatchNormalization", "Add", "Sub", "Sum", "Mean", "Neg",
     "AveragePool", "GlobalAveragePool", "MaxPool", "Concat", "Split", "Slice", "Gather", "Pad",
     "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Identity",
-    "Dropout", "Cast", "ReduceMean", "ReduceSum",
+    "Dropout", "Cast", "ReduceMean", "ReduceSum", "GatherElements", "GatherND", "DepthToSpace",
+    "SpaceToDepth", "Resize", "CumSum", "Trilu", "Compress", "ReverseSequence", "Col2Im",
+    "MaxUnpool", "DFT", "AffineGrid", "QuantizeLinear", "DequantizeLinear",
 }  # fmt: skip
+# Linear in each of their inputs.
+_BILINEAR = {"Mul", "MatMul", "Einsum"}
 
 
 def note_plain_gradient(label: str, graph: Graph) -> list[str]:
@@ -334,6 +354,7 @@ def note_plain_gradient(label: str, graph: Graph) -> list[str]:
         for node in nodes
         if node.name not in layers
         and node.op not in _LINEAR
-        and not (node.op in ("Mul", "Div", "MatMul") and len(positions[node.name]) == 1)
+        and not (node.op in _BILINEAR and len(positions[node.name]) == 1)
+        and not (node.op in ("Div", "GridSample", "RoiAlign") and positions[node.name] == (0,))
     ]
     return [f"{label}: the gradient is used at {', '.join(plain)}"] if plain else []

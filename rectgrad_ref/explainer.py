@@ -271,7 +271,8 @@ class Explainer:
         key = (shape, method)
         if key not in self._plans:
             graph = self._graph(shape)
-            plan = make_plan(graph, method.rules(graph))
+            straight_through = method.quantization == "straight_through"
+            plan = make_plan(graph, method.rules(graph), straight_through=straight_through)
             self._plans[key] = _Prepared(graph, plan, self.backend.runner(plan))
         return self._plans[key]
 

@@ -152,8 +152,21 @@ class Graph:
             )
         return int(np.prod(shape)) // self.batch
 
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """Integers that stand for floating-point values, by QuantizeLinear."""
+        found: set[str] = set()
+        for node in self.nodes:
+            if node.op == "QuantizeLinear" or found.intersection(node.inputs[:1]):
+                kind = self.dtypes.get(node.outputs[0])
+                if kind is not None and kind.kind in "iu" and kind.itemsize < 4:
+                    found.add(node.outputs[0])
+        return frozenset(found)
+
     def is_float(self, value: str) -> bool:
         """Whether a gradient can flow through the value; of an unknown type it may."""
+        if value in self.quantized:
+            return True
         return value not in self.dtypes or np.issubdtype(self.dtypes[value], np.floating)
 
 

@@ -71,13 +71,18 @@ class Plan:
     layers: frozenset[str]
 
 
-def make_plan(graph: Graph, rules: RuleTable) -> Plan:
+def make_plan(graph: Graph, rules: RuleTable, *, straight_through: bool = True) -> Plan:
     """Lay `rules` over ordinary backpropagation; for every node the first that matches wins.
+
+    Parameters
+    ----------
+    straight_through : bool
+        Whether QuantizeLinear may pass the gradient as if nothing had been rounded.
 
     Raises
     ------
     UnsupportedOperator
-        A node on the path from the input to the logits has no rule.
+        A node on the path from the input to the logits has no rule, or quantises and must not.
     InvalidModel
         There is no path: the logits are constant, or depend on the input by indices or masks only.
     """
@@ -93,6 +98,11 @@ def make_plan(graph: Graph, rules: RuleTable) -> Plan:
         rule = next((rule for matches, rule in rules if matches(node)), Gradient())
         if isinstance(rule, Gradient):
             _require_vjp(graph, node, positions[node.name], nodes)
+        if node.op == "QuantizeLinear" and not straight_through:
+            raise UnsupportedOperator(
+                f"{node} ({graph.model.name}): rounding has no gradient; "
+                "quantization='straight_through' passes it as if nothing had been rounded"
+            )
         _require_shapes(graph, node)
         steps.insert(0, Step(node, rule, positions[node.name]))
     reads = dict.fromkeys(v for step in steps for v in step.reads)

@@ -31,6 +31,9 @@ class Method:
     output_seed : str
         What enters at the target's logit: ``"one"``; ``"logit"``, its own value; ``"softmax"``, the
         gradient of its softmax probability.
+    quantization : str
+        ``"straight_through"``: QuantizeLinear and DequantizeLinear pass the gradient as if nothing
+        had been rounded; ``"refuse"``: a quantised model is an error.
     """
 
     id: ClassVar[str]
@@ -40,6 +43,7 @@ class Method:
     """Whether R is one walk back from the image, and not a sum over `passes` other points."""
 
     output_seed: Seed = "one"
+    quantization: Literal["straight_through", "refuse"] = "straight_through"
 
     def __post_init__(self) -> None:
         """Refuse a value that a field's type does not allow."""

@@ -8,6 +8,7 @@ from . import (
     linear,
     norm,
     pool,
+    quantize,
     recurrent,
     reduce,
     resize,
@@ -18,5 +19,5 @@ from .registry import OPERATORS
 
 __all__ = [
     "OPERATORS", "activation", "algebra", "arithmetic", "index", "linear", "norm", "pool",
-    "recurrent", "reduce", "resize", "sample", "shape",
+    "quantize", "recurrent", "reduce", "resize", "sample", "shape",
 ]  # fmt: skip
