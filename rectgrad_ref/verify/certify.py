@@ -50,8 +50,8 @@ _EPSILON_LRP_NAME = "ε-LRP → gradient × input for ε = 1e-4, 1e-7, 1e-10"
 _EXACT, _SINGLE = "NumPy float64", "NumPy float32"
 _EPSILONS = (1e-4, 1e-7, 1e-10)
 _STEPS = (50, 400)
-_DIRECTIONS = 4
-_DIFFERENCES = (1e-6, 1e-7, 1e-8)  # of the images' range
+_DIRECTIONS = 3
+_DIFFERENCES = (1e-6, 1e-8, 1e-9, 1e-10)  # of the images' range
 # A forward pass in float32 sums in another order, layer upon layer.
 _FORWARD = 1e-4
 _FINITE_DIFFERENCES = 1e-5
