@@ -23,7 +23,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 
 from rectgrad_ref.errors import InvalidModel, UnsupportedOperator
 from rectgrad_ref.executors.cpu import _HANDLERS as LOWERED
-from rectgrad_ref.forward import NumpyForward
+from rectgrad_ref.forward import NumpyForward, OnnxruntimeForward
 from rectgrad_ref.graph import _RANDOM as RANDOM
 from rectgrad_ref.graph import Graph, freeze
 from rectgrad_ref.model import OLDEST_OPSET, read_model
@@ -36,6 +36,12 @@ NEWEST = defs.onnx_opset_version()
 _TAGGED = defs.OpSchema.DifferentiationCategory.Differentiable
 # Operators that ONNX renamed; the graph knows them by the new name.
 _RENAMED = {"Upsample": "Resize", "Scatter": "ScatterElements"}
+_NO_KERNEL = (
+    "NOT_IMPLEMENTED",
+    "is under development",
+    "is not a registered function/op",
+    "layout_ == 0",
+)
 _FLOATS = {TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE}
 _NUMBERS = _FLOATS | {
     TensorProto.BOOL, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
@@ -197,6 +203,36 @@ class NodeCase:
                 found, np.concatenate(wanted), rtol, atol, err_msg=self.test.name
             )
 
+    def check_onnxruntime(self) -> bool:
+        """The forward pass of the backend ``cpu``.
+
+        False where onnxruntime has no such kernel, or departs from the outputs stored with the case
+        (MaxUnpool with an output shape, Resize with align_corners and scales).
+        """
+        graph = self.graph()
+        x, names = self.image.astype(np.float32), [graph.logits]
+        forward = OnnxruntimeForward(graph.model, graph.input, rebatch=False, threads=1)
+        try:
+            theirs = forward(graph, x, [*_inner(graph), *names])
+        except InvalidModel as error:
+            if any(reason in str(error) for reason in _NO_KERNEL):
+                return False
+            raise
+        outputs = theirs[graph.logits][0, x.size :]
+        wanted = np.concatenate([np.ravel(a).astype(np.float64) for a in self.expected])
+        if not np.allclose(outputs, wanted, 1e-2, 1e-2, equal_nan=True):
+            return False
+        ours = NumpyForward(np.float32)(graph, x, list(theirs))
+        for name, value in theirs.items():
+            np.testing.assert_allclose(
+                ours[name].astype(np.float64),
+                value.astype(np.float64),
+                1e-3,
+                1e-4,
+                err_msg=f"{self.test.name}: {name}",
+            )
+        return True
+
     def check_backward(self) -> None:
         """⟨uᵀJ, v⟩ = ⟨u, J v⟩ with J v from central differences in float64, at a generic point."""
         rng, h = np.random.default_rng(0), 1e-6
@@ -217,6 +253,14 @@ class NodeCase:
         scale = max(np.abs(numeric).sum(), np.abs(analytic).sum(), 1e-3)
         error = abs(analytic.sum() - numeric.sum())
         assert error <= 1e-6 * scale, f"{self.test.name}: off by {error / scale:.1e}"
+
+
+def _inner(graph: Graph) -> list[str]:
+    """One value in each node that was written out, so that onnxruntime has to compute its body."""
+    produced = graph.producer.keys() & {
+        v for body in graph.bodies.values() for n in body for v in n.output
+    }
+    return sorted(v for v in produced if "/" in v and v in graph.dtypes)[:1]
 
 
 def _points(x: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:

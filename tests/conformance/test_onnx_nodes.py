@@ -17,6 +17,18 @@ def test_cases(op: str) -> None:
     assert not count(op).refused
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_onnxruntime_agrees() -> None:
+    """The values that the backend ``cpu`` reads, and those inside of operators, are ours."""
+    pytest.importorskip("onnxruntime")
+    agreeing = 0
+    for case in (case for group in cases().values() for case in group):
+        if case.excluded is None and case.varied and count(case.op).forward and not case.optional:
+            agreeing += case.check_onnxruntime()
+    assert agreeing > 500
+
+
 def test_table_is_up_to_date() -> None:
     assert TABLE.read_text(encoding="utf-8") == table(), (
         "run: python tests/conformance/node_cases.py"
