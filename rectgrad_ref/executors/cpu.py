@@ -725,9 +725,12 @@ def add_image(
     """Add a gradient (n, H, W, C) to channels of a sheet that is nobody's part; see `mark`."""
     rows, marks = _views(sheet, arenas, touched)
     pick = _indices(samples)
-    image = image.reshape(len(samples), sheet.pixels, -1)
-    if marks[pick].any():
-        image = np.where(marks[pick, :, None] != 0, rows[pick, :, channels], np.float32(0)) + image
+    image, known = image.reshape(len(samples), sheet.pixels, -1), marks[pick]
+    if known.all():
+        rows[pick, :, channels] += image
+        return
+    if known.any():
+        image = np.where(known[:, :, None] != 0, rows[pick, :, channels], np.float32(0)) + image
     rows[pick, :, channels] = image
 
 

@@ -144,7 +144,9 @@ def _is_of(value: Any, kind: Any) -> bool:
 def times_input(x: np.ndarray, R: np.ndarray, final_threshold: bool) -> np.ndarray:
     """x · R, then zero where not positive if `final_threshold` (paper 4.1)."""
     product = x * R
-    return np.where(product > 0, product, 0) if final_threshold else product
+    if final_threshold:
+        np.copyto(product, 0, where=~(product > 0))
+    return product
 
 
 def named(names: Collection[str]) -> Matches:
