@@ -27,20 +27,26 @@ from . import simd
 from .team import total, wait
 
 # Operations.
-ACTIVATE, SCATTER, STORE, COMPACT, MAX_POOL, AVERAGE_POOL, ADD, SCALE, FORGET, STOP = range(10)
+(
+    ACTIVATE, RATIO, SCATTER, STORE, COMPACT, MAX_POOL, AVERAGE_POOL, ADD, SCALE, FORGET, STOP
+) = range(11)  # fmt: skip
 
 # Columns of the table: what an operation reads (source), adds to (target), and its geometry.
 (
     OP, S_OFFSET, S_STRIDE, S_TOUCHED, S_H, S_W, S_C, T_OFFSET, T_STRIDE, T_TOUCHED, T_H, T_W, T_C,
     A_OFFSET, A_LENGTH, A_STRIDE, W_OFFSET, KH, KW, SH, SW, DH, DW, TOP, LEFT, GROUP, BORDER, MODE,
     RANK_LOW, RANK_HIGH, DENSE, COUNT_PAD, C_FIRST, C_LAST, PADDED_H, PADDED_W, STRICT, S_BASE,
-    COLUMNS,
-) = range(39)  # fmt: skip
+    B_OFFSET, B_LENGTH, COLUMNS,
+) = range(41)  # fmt: skip
 # Columns of the float table.
 FRACTION, TAU, EPS, CEILING, FLOATS = range(5)
 
 # What an activation lets pass, from its output a and the gradient r that arrives.
 PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = range(6)
+
+# What a gradient is multiplied by at a Relu: of its output to its input with ε added to the latter
+# away from 0, or of the differences of both from those at a baseline.
+BY_EPSILON, BY_DIFFERENCE = range(2)
 
 # Shared words of a team: the threshold or its bound, whether it is final, and whether what passes
 # the activation is no list, because it is too much, but all that its sheet holds.
@@ -773,6 +779,33 @@ def _mark_reached(op, touched, csr):
 
 
 @njit(nogil=True, cache=True)
+def _ratio(op, floats, arena, touched, active, first, last):
+    """Multiply a sheet by a ratio at a Relu, of which the activations are the inputs."""
+    width, eps = op[S_C], np.float32(floats[EPS])
+    for p in range(first, last):
+        if not touched[op[S_TOUCHED] + p]:
+            continue
+        source, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
+        there = op[B_OFFSET] + p * op[A_STRIDE]
+        r, z = arena[source : source + width], active[where : where + width]
+        if op[MODE] == BY_EPSILON:
+            for c in range(width):
+                r[c] = r[c] * _relu(z[c]) / (z[c] + (eps if z[c] >= 0 else -eps))
+        else:
+            z0 = active[there : there + width]
+            for c in range(width):
+                dz, da = z[c] - z0[c], _relu(z[c]) - _relu(z0[c])
+                large = abs(dz) > eps
+                half_way = np.float32((z[c] + z0[c]) / np.float32(2) > 0)
+                r[c] *= da / (dz if large else np.float32(1)) if large else half_way
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _relu(z):
+    return z if z > 0 else np.float32(0)
+
+
+@njit(nogil=True, cache=True)
 def _store(op, arena, touched, csr, first, last):
     """Add a list of nonzeros to a sheet of the same pixels."""
     begins, ends, channels, values, _ = csr
@@ -919,7 +952,8 @@ def advance(
     Parameters
     ----------
     table : int64 array, (operations, COLUMNS)
-        Offsets into `active` are those of sample 0; sample s lies s · A_LENGTH further on.
+        Offsets into `active` are those of sample 0; sample s lies s · A_LENGTH further on, its
+        baseline s · B_LENGTH.
     floats : float64 array, (operations, FLOATS)
     rows : int64 array, (N,)
         Where each sample stands. On return: where it stopped, at a STOP, at a SCATTER with more
@@ -940,6 +974,7 @@ def advance(
     bound = table.copy()
     for sample in samples:
         bound[:, A_OFFSET] = table[:, A_OFFSET] + sample * table[:, A_LENGTH]
+        bound[:, B_OFFSET] = table[:, B_OFFSET] + sample * table[:, B_LENGTH]
         stopped = _run(
             bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, csr,
             work, shared, member, members, barrier,
@@ -971,7 +1006,7 @@ def _run(
                 return row
             _scatter(op, arena, touched, weights, csr, member, members, barrier)
         else:
-            _shared(op, kind, arena, touched, active, weights, csr, shared, member, members)
+            _shared(op, floats[row], arena, touched, active, weights, csr, shared, member, members)
             wait(barrier, members)
         row += 1
     return row
@@ -1008,14 +1043,19 @@ def _spread_out(op, arena, touched, csr, first, last):
 
 
 @njit(nogil=True, cache=True)
-def _shared(op, kind, arena, touched, active, weights, csr, shared, member, members):
-    """Operations that every thread does for its own pixels or rows of the target."""
+def _shared(op, floats, arena, touched, active, weights, csr, shared, member, members):
+    """Operations that every thread does for its own pixels, or rows of the target."""
+    kind = op[OP]
     if kind in (MAX_POOL, AVERAGE_POOL):
         first, last = _share(op[T_H], member, members)
         if kind == MAX_POOL:
             _max_pool(op, arena, touched, active, first, last)
         else:
             _average_pool(op, arena, touched, first, last)
+        return
+    if kind == RATIO:
+        first, last = _share(op[S_H] * op[S_W], member, members)
+        _ratio(op, floats, arena, touched, active, first, last)
         return
     first, last = _share(op[T_H] * op[T_W], member, members)
     if kind == STORE and not shared[FILLED]:

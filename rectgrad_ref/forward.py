@@ -106,6 +106,11 @@ class OnnxruntimeForward:
     threads : int or None
         Intra-op threads; None leaves the choice to onnxruntime.
 
+    Attributes
+    ----------
+    any_batch : bool
+        Whether it takes other numbers of samples than the graph's.
+
     Raises
     ------
     BackendUnavailable
@@ -124,7 +129,9 @@ class OnnxruntimeForward:
         self.dtype = np.dtype(np.float32)
         self._runtime = import_onnxruntime()
         self._model, self._input, self._rebatch = model, input, rebatch
-        self._input_dtype = input_spec(model, input).dtype
+        spec = input_spec(model, input)
+        self._input_dtype = spec.dtype
+        self.any_batch = rebatch or spec.shape[:1] == (None,)
         self._providers, self._threads = list(providers), threads
         self._sessions: dict[tuple[Any, ...], Any] = {}
         available = self._runtime.get_available_providers()

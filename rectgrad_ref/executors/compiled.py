@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -119,14 +119,15 @@ class CompiledRunner:
             names += tuple(s.node.outputs[0] for s in self._layers())
         with self.backend.memory() as memory:
             memory.fit(program, len(x))
-            values = self.backend.forward(graph, x, names, _places(program, memory.active))
-            there: Values = NOTHING
+            places = _places(program.plan, program.active, memory.active)
+            values = self.backend.forward(graph, x, names, places)
+            table, there = program.table, NOTHING
             if self.plan.contrasts:
                 assert baseline is not None
-                there = {**self.constants, **self.backend.forward(graph, baseline, program.exposes)}
+                table, there = self._contrast(program, baseline, memory)
             scores = values[graph.logits].reshape(len(x), -1)
             here = {**self.constants, **values}
-            run = _Walk(program, weights, self.backend, memory, here, there)
+            run = _Walk(program, table, weights, self.backend, memory, here, there)
             run.plant(seed_of(scores))
             run.finish()
             for step in self._layers() if observe is not None else ():
@@ -135,15 +136,29 @@ class CompiledRunner:
                 observe(step, a, run.gradient(step.node.outputs[0]), run.leaving(step))
             return scores, run.gradient(graph.input)
 
+    def _contrast(
+        self, program: Program, baseline: np.ndarray, memory: Memory
+    ) -> tuple[np.ndarray, Values]:
+        """The table, and the values at the baseline: computed once where all have the same."""
+        graph, table = self.plan.graph, program.table
+        places = _places(program.plan, program.baseline, memory.active)
+        if self.backend.forward.any_batch and (baseline == baseline[:1]).all():
+            baseline, table = baseline[:1], table.copy()
+            table[:, k.B_LENGTH] = 0
+            places = {value: place[:1] for value, place in places.items()}
+        found = self.backend.forward(graph, baseline, program.exposes, places)
+        read = {v: np.broadcast_to(found[v], graph.shapes[v] or ()) for v in program.exposes}
+        return table, {**self.constants, **read}
+
     def _layers(self) -> list[Step]:
         return [step for step in self.plan.steps if step.node.name in self.plan.layers]
 
 
-def _places(program: Program, active: np.ndarray) -> dict[str, np.ndarray]:
+def _places(plan: Plan, offsets: Mapping[str, int], active: np.ndarray) -> dict[str, np.ndarray]:
     """Where the forward pass shall write each activation, channels last."""
     places = {}
-    for value, offset in program.active.items():
-        shape = program.plan.graph.shapes[value]
+    for value, offset in offsets.items():
+        shape = plan.graph.shapes[value]
         assert shape is not None
         last = (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 else shape
         size = prod(shape)
@@ -157,13 +172,14 @@ class _Walk:
     def __init__(
         self,
         program: Program,
+        table: np.ndarray,
         weights: np.ndarray,
         backend: CompiledBackend,
         memory: Memory,
         values: Values,
         baseline: Values,
     ) -> None:
-        self.program, self.weights = program, weights
+        self.program, self.table, self.weights = program, table, weights
         self.backend, self.memory = backend, memory
         self.values, self.baseline = values, baseline
         self.samples = len(memory.arenas)
@@ -278,7 +294,7 @@ class _Team:
     def _advance(self, samples: np.ndarray, member: int, members: int) -> None:
         walk, scratch = self.walk, self.scratch
         k.advance(
-            walk.program.table,
+            walk.table,
             walk.program.floats,
             walk.rows,
             samples,

@@ -20,10 +20,12 @@ from ..kernels import cpu as k
 from ..plan import Plan, Step
 from ..rules.declared import (
     ConvTranspose,
+    EpsilonRatio,
     Gradient,
     MaxPoolBackward,
     PositiveGradient,
     Rectify,
+    Rescale,
 )
 from ..rules.window import Window
 from ..threshold import ranks
@@ -133,8 +135,8 @@ class Program:
         pre-activation too.
     exposes : tuple of str
         Values that steps of the reference read.
-    active : dict of str to int
-        Values that the table reads, channels last → where they begin.
+    active, baseline : dict of str to int
+        Values that the table reads, channels last → where they begin; those at the baseline too.
     """
 
     plan: Plan
@@ -145,6 +147,7 @@ class Program:
     leaving: dict[str, Sheet]
     exposes: tuple[str, ...]
     active: dict[str, int]
+    baseline: dict[str, int]
     arena_size: int
     touched_size: int
     active_size: int
@@ -182,6 +185,7 @@ class _Lowering:
     leaving: dict[str, Sheet] = field(default_factory=dict)
     exposes: dict[str, None] = field(default_factory=dict)
     active: dict[str, int] = field(default_factory=dict)
+    baseline: dict[str, int] = field(default_factory=dict)
     free: list[tuple[int, int]] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     arena_size: int = 0
@@ -213,6 +217,7 @@ class _Lowering:
             leaving=self.leaving,
             exposes=tuple(self.exposes),
             active=self.active,
+            baseline=self.baseline,
             arena_size=self.arena_size,
             touched_size=self.touched_size,
             active_size=self.active_size,
@@ -302,9 +307,19 @@ class _Lowering:
         height, width, channels = self.extents(value)
         units = height * width * channels
         if value not in self.active:
-            self.active[value] = self.active_size
-            self.active_size += -(-units * self.graph.batch // LINE) * LINE
+            self.active[value] = self._reserve(value)
         return {k.A_OFFSET: self.active[value], k.A_LENGTH: units, k.A_STRIDE: channels}
+
+    def at_baseline(self, value: str) -> Columns:
+        """Where the value's activations at the baseline lie."""
+        if value not in self.baseline:
+            self.baseline[value] = self._reserve(value)
+        return {k.B_OFFSET: self.baseline[value], k.B_LENGTH: prod(self.extents(value))}
+
+    def _reserve(self, value: str) -> int:
+        begin = self.active_size
+        self.active_size += -(-prod(self.extents(value)) * self.graph.batch // LINE) * LINE
+        return begin
 
     def _allocate(self, value: str) -> Sheet:
         self.name(value, self._new(self.extents(value)))
@@ -344,7 +359,7 @@ class _Lowering:
     def activation(self, step: Step) -> bool:
         mode = _activation_mode(step, self.graph.batch)
         if mode is None:
-            return False
+            return self.ratio(step)
         columns, numbers = mode
         node = step.node
         sheet = self.sheet(node.outputs[0])
@@ -363,6 +378,26 @@ class _Lowering:
         if straight is not None:
             self.scatter(straight)
             self.finished(straight)
+        return True
+
+    def ratio(self, step: Step) -> bool:
+        """A rule that multiplies by a ratio of what leaves a Relu to what enters it."""
+        node, rule = step.node, step.rule
+        if node.op != "Relu" or not isinstance(rule, (EpsilonRatio, Rescale)):
+            return False
+        sheet = self.sheet(node.outputs[0])
+        if self.trace:
+            # What arrives is shown too.
+            self.emit(k.ADD, sheet.source, self.leaves(step).target)
+            sheet = self.leaves(step)
+        columns = self.activations(node.inputs[0])
+        if isinstance(rule, Rescale):
+            columns |= self.at_baseline(node.inputs[0]) | {k.MODE: k.BY_DIFFERENCE}
+        else:
+            columns |= {k.MODE: k.BY_EPSILON}
+        self.emit(k.RATIO, sheet.source, columns, numbers={k.EPS: rule.eps})
+        if not self.trace:
+            self.pass_on(node.inputs[0], sheet)
         return True
 
     def convolution(self, step: Step) -> bool:

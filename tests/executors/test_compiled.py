@@ -385,6 +385,8 @@ some_methods = pytest.mark.parametrize("method", [METHODS[name] for name in SOME
 class Shared(NumpyForward):
     """NumPy's forward pass in float32, which also writes where onnxruntime's would."""
 
+    any_batch = False
+
     def __init__(self) -> None:
         super().__init__(np.float32)
 
@@ -480,11 +482,15 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[Walk]:
 
 
 class Recorded:
-    """A forward pass that remembers what it handed over first, in the values' own axis order."""
+    """A forward pass that remembers what it handed over, in the values' own axis order.
+
+    The first time it is asked for `values`, then for those at the `baseline`.
+    """
 
     def __init__(self, forward: Any) -> None:
-        self.forward, self.dtype = forward, forward.dtype
+        self.forward, self.dtype, self.any_batch = forward, forward.dtype, forward.any_batch
         self.values: dict[str, Array] = {}
+        self.baseline: dict[str, Array] = {}
 
     def __call__(
         self,
@@ -494,10 +500,8 @@ class Recorded:
         into: Mapping[str, Array] = MappingProxyType({}),
     ) -> dict[str, Array]:
         values: dict[str, Array] = self.forward(graph, x, names, into)
-        if not self.values:
-            self.values = dict(values)
-            for name, place in into.items():
-                self.values[name] = _first(place).copy()
+        places = {name: _first(place).copy() for name, place in into.items()}
+        (self.baseline if self.values else self.values).update(values | places)
         return values
 
 
@@ -506,7 +510,7 @@ def _first(image: Array) -> Array:
     return np.moveaxis(image, -1, 1) if image.ndim == 4 else image
 
 
-def check(walk: Walk, values: Mapping[str, Array], observed: Sequence[Observed]) -> None:
+def check(walk: Walk, forward: Recorded, observed: Sequence[Observed]) -> None:
     """Every value's gradient against what the reference makes of the gradients above it.
 
     Each step gets the compiled gradient at its outputs. What the reference computes itself, and
@@ -514,8 +518,8 @@ def check(walk: Walk, values: Mapping[str, Array], observed: Sequence[Observed])
 
     Parameters
     ----------
-    values : mapping of str to numpy.ndarray
-        What the forward pass has handed over.
+    forward : Recorded
+        The forward pass that the walk had.
     """
     plan = walk.program.plan
     R = {value: walk.gradient(value) for value in walk.program.sheets}
@@ -527,7 +531,7 @@ def check(walk: Walk, values: Mapping[str, Array], observed: Sequence[Observed])
         exact = step.node.name in plan.layers | walk.program.by_rule
         for position, value in zip(step.positions, step.writes, strict=True):
             dtype = np.float32 if exact else np.float64
-            gradient = _applied(walk, values, step, position, R, dtype)
+            gradient = _applied(walk, forward, step, position, R, dtype)
             if step.node.name in plan.layers:
                 seen = by_output[step.node.outputs[0]]
                 np.testing.assert_array_equal(seen.R_out, R[step.node.outputs[0]])
@@ -544,19 +548,25 @@ def check(walk: Walk, values: Mapping[str, Array], observed: Sequence[Observed])
 
 def _applied(
     walk: Walk,
-    values: Mapping[str, Array],
+    forward: Recorded,
     step: Step,
     position: int,
     R: Mapping[str, Array],
     dtype: Any,
 ) -> Array:
     graph = walk.program.plan.graph
-    known = {**constants_as(graph.constants, np.dtype(np.float32)), **values}
+    constants = constants_as(graph.constants, np.dtype(np.float32))
+    known = {**constants, **forward.values}
     if step.node.op == "Clip":  # the kernel sees a only, which is z wherever the slope is not 0
         known.setdefault(step.node.inputs[0], known.get(step.node.outputs[0], np.empty(0)))
     here, there = (
         {v: array.astype(dtype) if array.dtype.kind == "f" else array for v, array in found.items()}
-        for found in ({v: _value(graph, known, v) for v in step.reads}, walk.baseline)
+        for found in (
+            {v: _value(graph, known, v) for v in step.reads},
+            {v: _value(graph, {**constants, **forward.baseline}, v) for v in step.reads}
+            if step.rule.contrasts
+            else {},
+        )
     )
     outgoing = tuple(R[v].astype(dtype) for v in step.node.outputs if v)
     return step.rule(Call(step.node, position, outgoing, here, there, graph.batch))
@@ -567,7 +577,7 @@ def _value(graph: Graph, known: Mapping[str, Array], name: str) -> Array:
     if name in known:
         return known[name]
     node = graph.producer[name]
-    assert node.op in ("Concat", "MaxPool"), node
+    assert node.op in ("Concat", "MaxPool", "Relu"), node
     arguments = [_value(graph, known, v) for v in node.inputs]
     return OPERATORS[node.op].forward(node, *arguments)
 
@@ -609,7 +619,7 @@ def test_every_step(
     assert {o.step.node.name for o in observed} == plan.layers
     (walk,) = walks
     np.testing.assert_array_equal(R, walk.gradient(plan.graph.input))
-    check(walk, forward.values, observed)
+    check(walk, forward, observed)
 
 
 # --- what the result must not depend on -----------------------------------------------------------
@@ -816,6 +826,39 @@ def test_a_fork_explains_as_well(explainer: Explainer) -> None:
         process.join()
 
 
+def test_a_baseline_that_all_share_is_run_once(
+    explainer: Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, batches = OnnxruntimeForward.__call__, []
+
+    def counted(self: Any, graph: Graph, x: Array, *arguments: Any) -> dict[str, Array]:
+        batches.append(len(x))
+        return run(self, graph, x, *arguments)
+
+    monkeypatch.setattr(OnnxruntimeForward, "__call__", counted)
+    walk_of = CompiledRunner.__call__
+
+    def walked(self: Any, *arguments: Any, **options: Any) -> Any:
+        batches.clear()
+        result = walk_of(self, *arguments, **options)
+        seen.append(tuple(batches))
+        return result
+
+    monkeypatch.setattr(CompiledRunner, "__call__", walked)
+    seen: list[tuple[int, ...]] = []
+    shared = np.full_like(IMAGES, 0.25)
+    other = np.concatenate([shared[:-1], shared[-1:] + 1])
+    one, many, last = (
+        explainer.explain(IMAGES, method="deeplift", baseline=baseline).values
+        for baseline in (0.25, shared, other)
+    )
+    n = len(IMAGES)
+    assert seen == [(n, 1), (n, 1), (n, n)]
+    np.testing.assert_array_equal(one, many)
+    np.testing.assert_allclose(last[:-1], one[:-1], atol=1e-6 * np.abs(one).max())
+    assert np.abs(last[-1] - one[-1]).max() > 1e-3 * np.abs(one).max()
+
+
 def test_no_samples(explainer: Explainer) -> None:
     with pytest.raises(InvalidImage, match="empty"):
         explainer.explain(IMAGES[:0])
@@ -873,7 +916,7 @@ def test_published_networks(
     observed: list[Observed] = []
     runner = CompiledBackend(forward, 2).runner(plan)
     runner(x, highest, observe=lambda *seen: observed.append(Observed(*seen)))
-    check(walks[0], forward.values, observed)
+    check(walks[0], forward, observed)
 
 
 def highest(scores: Array) -> Array:
