@@ -203,12 +203,9 @@ class Sources:
 
 
 def inception_v4() -> Classifier | None:
-    """The paper's ImageNet network, where it was built or downloaded."""
-    for name in ("inception_v4", "inception_v4_Opset16"):
-        path = published.cache_folder() / f"{name}.onnx"
-        if path.exists():
-            return Classifier(path, "inception")
-    return None
+    """The paper's ImageNet network, where it was downloaded."""
+    path = published.cache_folder() / "inception_v4_Opset16.onnx"
+    return Classifier(path, "inception") if path.exists() else None
 
 
 def normalized(images: np.ndarray) -> np.ndarray:
