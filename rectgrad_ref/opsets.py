@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 # Attributes that became inputs under another name.
 _RENAMED = {("Pad", "constant_value"): "value", ("TopK", "K"): "k"}
-_WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "MaxUnpool"}
+_WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "MaxUnpool", "DeformConv"}
 _SOFTMAXES = {"Softmax", "LogSoftmax", "Hardmax"}
 
 

@@ -4,6 +4,7 @@ from . import (
     activation,
     algebra,
     arithmetic,
+    deform,
     index,
     linear,
     norm,
@@ -18,6 +19,6 @@ from . import (
 from .registry import OPERATORS
 
 __all__ = [
-    "OPERATORS", "activation", "algebra", "arithmetic", "index", "linear", "norm", "pool",
+    "OPERATORS", "activation", "algebra", "arithmetic", "deform", "index", "linear", "norm", "pool",
     "quantize", "recurrent", "reduce", "resize", "sample", "shape",
 ]  # fmt: skip

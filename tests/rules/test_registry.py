@@ -6,6 +6,7 @@ from pathlib import Path
 
 import test_activation
 import test_arithmetic
+import test_deform
 import test_index
 import test_linear
 import test_norm
@@ -22,6 +23,7 @@ from rectgrad_ref.rules import OPERATORS
 FAMILIES = (
     test_activation,
     test_arithmetic,
+    test_deform,
     test_index,
     test_linear,
     test_norm,
