@@ -294,7 +294,13 @@ class _Search:
             lambda: self._triples(),
             lambda: self._pairs(self.steps if self._is_cheap else []),
         )
-        for stage in stages:
+        # Through a large network, pairs take long: what helps is added to the best first.
+        for number, stage in enumerate(stages):
+            if number == 1 and not self._is_cheap:
+                best = self._grown(best)
+                fit = self.fit(best)
+                if fit is not None and fit.explains:
+                    return [best], best
             explaining = []
             for option in stage():
                 fit = self.fit(option)
@@ -343,7 +349,7 @@ class _Search:
         return min((fit.rank for fit in fits), default=(10**9, np.inf))
 
     def _grown(self, best: tuple[Deviation, ...]) -> tuple[Deviation, ...]:
-        """Add what helps, one at a time."""
+        """Add what helps, one at a time; leave out what is not needed any more."""
         while len(best) < _MOST_DEVIATIONS:
             grown = best
             for deviation in self.deviations:
@@ -351,7 +357,15 @@ class _Search:
                     grown = self._better(grown, (*best, deviation))
             if grown == best:
                 return best
-            best = grown
+            best = self._pruned(grown)
+        return best
+
+    def _pruned(self, best: tuple[Deviation, ...]) -> tuple[Deviation, ...]:
+        for deviation in best[:-1]:
+            smaller = tuple(d for d in best if d is not deviation)
+            fit, without = self.fit(best), self.fit(smaller)
+            if fit is not None and without is not None and without.rank <= fit.rank:
+                best = smaller
         return best
 
     def _better(

@@ -188,11 +188,11 @@ def certificate_conclusion(certificate: Certificate) -> list[str]:
     )
     sensitivity = (
         f"RectGrad at q = 98: {near:,} of {units:,} units lie within float32 rounding of their "
-        "thresholds. "
+        "thresholds."
     )
     if near:
         sensitivity += (
-            f"When each changes sides with probability ½, the map moves by "
+            f" When each changes sides with probability ½, the map moves by "
             f"{certificate.moves:.2g} of its norm; two correct implementations may differ by that."
         )
     return [head, *(f"{check.name} ({check.where})" for check in failing), sensitivity]

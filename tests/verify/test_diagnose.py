@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -169,6 +170,21 @@ def test_pairs_of_mistakes(bundle: Bundle, pair: tuple[str, str]) -> None:
     options = (found.deviations, *found.alternatives)
     assert found.verdict == "explained"
     assert expected in [{deviation.id for deviation in option} for option in options]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("two mistakes", "map"), ("two mistakes", "layers"), ("three mistakes", "layers")],
+)
+def test_large_networks(
+    bundle: Bundle, name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no pairs are tried, but what helps is added one by one."""
+    monkeypatch.setattr(sys.modules["rectgrad_ref.verify.diagnose"], "_CHEAP_UNITS", 0)
+    theirs = peer.explain(bundle, **MISTAKES[name].how)
+    found = diagnosed(bundle, {"values": theirs["values"]} if what == "map" else theirs)
+    assert found.verdict == "explained"
+    assert ids(found) == set(MISTAKES[name].ids)
 
 
 @pytest.mark.parametrize(
