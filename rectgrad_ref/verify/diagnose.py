@@ -419,7 +419,9 @@ class _Search:
             try:
                 R = None if self.given else self.engine.gradient(conventions)
                 self.walks[conventions] = (
-                    self.engine.walk(conventions, self.given) if R is None else Walk(R, (), {}, 0.0)
+                    self.engine.walk(conventions, self.given, wants_near=False)
+                    if R is None
+                    else Walk(R, (), {}, 0.0)
                 )
             except ValueError:  # one unit a channel, for instance
                 self.walks[conventions] = None
