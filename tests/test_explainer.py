@@ -449,4 +449,5 @@ def test_environment(explainer: Explainer, tmp_path: Path) -> None:
 
 def test_method_objects_carry_all_conventions(explainer: Explainer) -> None:
     result = explainer.explain(IMAGES, method=Saliency(output_seed="softmax"))
-    assert result.method.options() == {"output_seed": "softmax"}
+    expected = {"output_seed": "softmax", "quantization": "straight_through"}
+    assert result.method.options() == expected
