@@ -39,7 +39,7 @@ from .team import total, wait
     B_OFFSET, B_LENGTH, COLUMNS,
 ) = range(41)  # fmt: skip
 # Columns of the float table.
-FRACTION, TAU, EPS, CEILING, FLOATS = range(5)
+FRACTION, TAU, EPS, CEILING, GUESS, FLOATS = range(6)
 
 # What an activation lets pass, from its output a and the gradient r that arrives.
 PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = range(6)
@@ -52,6 +52,7 @@ BY_EPSILON, BY_DIFFERENCE = range(2)
 # the activation is no list, because it is too much, but all that its sheet holds.
 THRESHOLD, FINAL, FILLED, SHARED = 0, 8, 16, 24
 _SAMPLED_LEAST, _SAMPLED_MOST = 128, 1024
+_GUESSED = 0.5  # part of the last sample's τ; about twice as many units exceed it
 _ONE = np.uint64(1)
 _BINS = 256
 
@@ -394,16 +395,21 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
     """τ of this layer, after which the candidates in `csr` include every unit above it.
 
     Returns τ; where it is negative or zero the candidates are not complete, and `_passes` or a scan
-    of all units decides.
+    of all units decides. The candidates exceed a guess, or what a sample says: both only decide how
+    many there are.
     """
     mode, eps = op[MODE], np.float32(floats[EPS])
     low, high = op[RANK_LOW], op[RANK_HIGH]
     pixels = op[S_H] * op[S_W]
     first, last = _share(pixels, member, members)
-    if member == 0:
-        shared[THRESHOLD] = _sampled_bound(op, arena, touched, active, mode, eps, low, work, csr[0])
-    wait(barrier, members)
-    bound = np.float32(shared[THRESHOLD])
+    bound = np.float32(floats[GUESS])
+    if bound == 0:
+        if member == 0:
+            shared[THRESHOLD] = _sampled_bound(
+                op, arena, touched, active, mode, eps, low, work, csr[0]
+            )
+        wait(barrier, members)
+        bound = np.float32(shared[THRESHOLD])
     while True:
         _scan(op, first, last, arena, touched, active, mode, eps, np.float32(np.inf), bound, csr)
         wait(barrier, members)
@@ -417,7 +423,9 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
                     lower = nth_largest(work[:found], low)
                 shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
             elif bound > 0:
-                shared[THRESHOLD] = shared[FINAL] = 0
+                less = _sampled_bound(op, arena, touched, active, mode, eps, low, work, csr[0])
+                shared[THRESHOLD] = less if less < bound else np.float32(0)
+                shared[FINAL] = 0
             else:
                 n = pixels * op[S_C]
                 below = _negatives(op, 0, pixels, arena, touched, active, mode, eps)
@@ -499,6 +507,7 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
         tau = _find_tau(
             op, arena, touched, active, csr, work, shared, floats, member, members, barrier
         )
+        floats[GUESS] = max(_GUESSED * tau, 0)
         if tau > 0:
             _filter(op, first, last, active, tau, ceiling, csr)
             wait(barrier, members)
@@ -971,12 +980,13 @@ def advance(
     member, members, barrier
         This thread's number, the team's size, and where it meets.
     """
-    bound = table.copy()
+    # A layer's τ is much the same from sample to sample; this thread remembers it.
+    bound, guessed = table.copy(), floats.copy()
     for sample in samples:
         bound[:, A_OFFSET] = table[:, A_OFFSET] + sample * table[:, A_LENGTH]
         bound[:, B_OFFSET] = table[:, B_OFFSET] + sample * table[:, B_LENGTH]
         stopped = _run(
-            bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, csr,
+            bound, guessed, rows[sample], arenas[sample], touched[sample], active, weights, csr,
             work, shared, member, members, barrier,
         )  # fmt: skip
         wait(barrier, members)
