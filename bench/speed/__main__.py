@@ -56,6 +56,9 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option(help="A minute to see that it runs.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of a comparison.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="After which a comparison begins no new round.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.")] = None,
     backend: Annotated[str, typer.Option(help="Ours: cpu or reference.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
@@ -73,6 +76,7 @@ def main(
         backend=backend,
         threads=threads or preset.threads,
         rounds=rounds or preset.rounds,
+        seconds=preset.seconds if seconds is None else seconds,
     )
     console = Console()
     try:
