@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -83,16 +84,19 @@ def main(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RectGradWarning)
             warnings.filterwarnings("ignore", module="captum")  # at every call, that it sets hooks
-            results = experiments.run(settings, console)
+            out.mkdir(parents=True, exist_ok=True)
+            results = experiments.run(settings, console, partial(_save, out))
         _show(results, console)
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out / "results.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
         for path in (out / "results.json", *report.save_figures(results, out)):
             console.print(f"written: {path}")
     except RectGradError as error:
         console.print(f"[red]error:[/] {error}")
         raise typer.Exit(1) from None
+
+
+def _save(folder: Path, results: Results) -> None:
+    with atomic_write(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def _show(results: Results, console: Console) -> None:

@@ -88,8 +88,8 @@ class Trial:
     notes: list[str] = field(default_factory=list)
 
 
-def run(settings: Settings, console: Console) -> Results:
-    """Every part on every model; checks are printed as they are made."""
+def run(settings: Settings, console: Console, save: Callable[[Results], None]) -> Results:
+    """Every part on every model; checks are printed as they are made, parts saved when finished."""
     results: Results = {
         "machine": machine.describe(),
         "settings": asdict(settings),
@@ -110,8 +110,9 @@ def run(settings: Settings, console: Console) -> Results:
                         results["comparisons"].append(compared)
                 else:
                     results["processes"] += PROCESSES[part](measured, settings)
-    results["notes"] = list(dict.fromkeys(results["notes"]))
-    results["machine"]["load_after"] = machine.load()
+            results["notes"] = list(dict.fromkeys(results["notes"]))
+            results["machine"]["load_after"] = machine.load()
+            save(results)
     return results
 
 

@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
         "cores": processors(),
         "flags": sorted(flag for flag in flags if flag.startswith(_VECTOR)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
         "commit": _commit(),
