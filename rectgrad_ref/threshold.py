@@ -16,6 +16,7 @@ Strictness = Literal[">", ">="]
 Score = Literal["a*r", "|a*r|", "a", "r", "(a+eps)*r"]
 
 PERCENTILES, SCOPES, STRICTNESSES = get_args(Percentile), get_args(Scope), get_args(Strictness)
+_LONG_ROW = 4096
 
 
 def ranks(n: int, q: float, convention: Percentile) -> tuple[int, int, float]:
@@ -84,9 +85,27 @@ def percentile(scores: np.ndarray, q: float, convention: Percentile = "tf_neares
     if scores.shape[1] == 0:
         return np.zeros(scores.shape[0])
     low, high, fraction = ranks(scores.shape[1], q, convention)
-    part = np.partition(scores, sorted({low, high}), axis=1)
-    bottom, top = part[:, low].astype(np.float64), part[:, high].astype(np.float64)
-    return bottom if fraction == 0 else bottom + (top - bottom) * fraction
+    bottom = _at(scores, low)
+    return bottom if fraction == 0 else bottom + (_at(scores, high) - bottom) * fraction
+
+
+def _at(scores: np.ndarray, rank: int) -> np.ndarray:
+    """The score at an ascending rank of each row, float64.
+
+    Zeros of long rows are counted, not sorted: where most scores are equal, `numpy.partition` takes
+    twenty times as long.
+    """
+    if scores.shape[1] < _LONG_ROW:
+        return np.partition(scores, rank, axis=1)[:, rank].astype(np.float64)
+    return np.array([_at_without_zeros(row, rank) for row in scores], np.float64)
+
+
+def _at_without_zeros(scores: np.ndarray, rank: int) -> float:
+    negative, positive = scores[scores < 0], scores[~(scores <= 0)]  # NaN comes last
+    if rank < len(negative):
+        return float(np.partition(negative, rank)[rank])
+    above = rank - (len(scores) - len(positive))
+    return float(np.partition(positive, above)[above]) if above >= 0 else 0.0
 
 
 def scores(kind: Score, a: np.ndarray, R: np.ndarray, eps: float = 0.0) -> np.ndarray:

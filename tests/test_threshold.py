@@ -96,6 +96,18 @@ def test_all_zeros_and_one_unit(convention: threshold.Percentile) -> None:
     assert percentile(np.array([[-4.0]]), 98, convention).tolist() == [-4.0]
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.97])
+@pytest.mark.parametrize("q", [0, 1, 30, 60, 98, 100])
+def test_long_rows_whose_scores_are_mostly_zero(zeros: float, q: float) -> None:
+    rng = np.random.default_rng(0)
+    scores = np.where(rng.random((2, 5000)) < zeros, 0, rng.standard_normal((2, 5000)))
+    for convention in PERCENTILES:
+        low, high, fraction = ranks(5000, q, convention)
+        s = np.sort(scores, axis=1)
+        expected = s[:, low] + (s[:, high] - s[:, low]) * fraction
+        np.testing.assert_array_equal(percentile(scores, q, convention), expected)
+
+
 def test_input_is_left_alone() -> None:
     scores = np.array([[3.0, 1.0, 2.0]])
     percentile(scores, 50)
