@@ -53,7 +53,7 @@ def path(graph: Graph) -> tuple[Node, ...]:
     reached = {graph.input}
     for node in graph.nodes:
         if reached.intersection(node.inputs):
-            reached.update(v for v in node.outputs if v and graph.is_float(v))
+            reached.update(v for v in node.outputs if _carries(graph, v))
     needed = {graph.logits}
     nodes = []
     for node in reversed(graph.nodes):
@@ -63,11 +63,16 @@ def path(graph: Graph) -> tuple[Node, ...]:
     return tuple(reversed(nodes))
 
 
+def _carries(graph: Graph, value: str) -> bool:
+    """Whether a gradient can flow through the value: it has numbers, and they are no integers."""
+    return bool(value) and graph.is_float(value) and 0 not in (graph.shapes.get(value) or ())
+
+
 def differentiated(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[int, ...]]:
     """Node name → the positions of its inputs that receive a gradient."""
     flowing = {graph.input}
     for node in nodes:
-        flowing.update(v for v in node.outputs if v and graph.is_float(v))
+        flowing.update(v for v in node.outputs if _carries(graph, v))
     return {
         node.name: tuple(i for i, value in enumerate(node.inputs) if value in flowing)
         for node in nodes

@@ -479,3 +479,16 @@ def test_what_a_method_for_activations_leaves_to_the_gradient() -> None:
     graph = frozen(text, 2, 3, W=float32(3, 3), half=np.float32(0.5))
     (note,) = analysis.note_plain_gradient("DeepLIFT", graph)
     assert note == "DeepLIFT: the gradient is used at Sqrt 'root', Mul 'square'"
+
+
+def test_no_gradient_flows_through_an_empty_value() -> None:
+    """As a roll by nothing is exported: a slice without any rows, joined to the rest."""
+    graph = frozen(
+        """(float[N, 4] x) => (float[N, 4] y) {
+            none = Slice(x, zero, zero, one)  all = Concat<axis = 1>(x, none)  y = Relu(all)
+        }""",
+        2, 4, zero=[0], one=[1],
+    )  # fmt: skip
+    nodes = analysis.path(graph)
+    assert [node.op for node in nodes] == ["Concat", "Relu"]
+    assert analysis.differentiated(graph, nodes)[nodes[0].name] == (0,)
