@@ -187,6 +187,7 @@ class _Examination:
             _EXACT: self.exact,
             _SINGLE: Explainer(model, backend="reference", dtype="float32", **options),
         }
+        self.engines: dict[str, Engine] = {}
         self.missing = ""
         try:
             self.backends["cpu"] = Explainer(model, backend="cpu", **options)
@@ -344,20 +345,21 @@ class _Examination:
             {name: layer.R_in for name, layer in layers.items()},
             {name: layer.a for name, layer in layers.items()},
         )
-        walk = engine.walk(Conventions(method), given, wants_near=False)
+        walk = engine.walk(Conventions(method), given)
         return [row_of(point, engine.dtype) for point in walk.points]
 
     def _engine(self, backend: str) -> Engine:
         """The float64 walk on the activations of a backend."""
-        forward = self.backends[backend].backend.forward
-        return Engine(
-            self.exact.model,
-            self.x,
-            self.target,
-            input=self.graph.input,
-            output=self.graph.output,
-            forward=forward,
-        )
+        if backend not in self.engines:
+            self.engines[backend] = Engine(
+                self.exact.model,
+                self.x,
+                self.target,
+                input=self.graph.input,
+                output=self.graph.output,
+                backend=self.backends[backend].backend,
+            )
+        return self.engines[backend]
 
     # --- gradients --------------------------------------------------------------------------------
 
@@ -442,7 +444,7 @@ class _Examination:
         explainer = self.backends[self.fastest]
         layers = self._explain(explainer, trace=True, method=method).layers()
         engine, conventions = self._engine(self.fastest), Conventions(method)
-        walk = engine.walk(conventions)
+        walk = engine.walk(conventions, wants_near=True)
         found = [
             LayerSensitivity(name, layer.a.size, _passing(layer), int(walk.near[name].sum()))
             for name, layer in layers.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -176,7 +177,7 @@ def compare_on(engine: Engine, bundle: Bundle, theirs: Theirs) -> Comparison:
     walk = engine.walk(conventions, given)
     rows = [row_of(point, engine.dtype) for point in walk.points]
     if any(row.verdict == "different" for row in rows):
-        rows = _with_ties(engine, conventions, given, walk, rows)
+        rows = _with_ties(engine, conventions, given, rows)
     mapped = None
     if theirs.values is not None:
         expected = engine.map_of(conventions, walk.R)
@@ -184,7 +185,7 @@ def compare_on(engine: Engine, bundle: Bundle, theirs: Theirs) -> Comparison:
         mapped = map_row(theirs.values, expected, bundle, tolerance)
         # Where gradients are given, the map is compared on the last of them.
         if mapped.verdict == "different" and not given:
-            moves = sensitivity(engine, conventions, walk)
+            moves = sensitivity(engine, conventions, engine.walk(conventions, wants_near=True))
             mapped = map_row(theirs.values, expected, bundle, tolerance, moves)
     return Comparison(bundle, theirs, tuple(rows), mapped, shared=True)
 
@@ -332,7 +333,7 @@ def relative_distance(found: np.ndarray, expected: np.ndarray) -> float:
 def sensitivity(engine: Engine, conventions: Conventions, walk: Walk) -> float:
     """How far the map moves when units within rounding of τ change sides: the most of some trials.
 
-    In each trial every such unit of the first walk changes sides with probability ½.
+    In each trial every such unit of `walk`, which has them, changes sides with probability ½.
     """
     if not any(near.any() for near in walk.near.values()):
         return 0.0
@@ -346,13 +347,14 @@ def sensitivity(engine: Engine, conventions: Conventions, walk: Walk) -> float:
 
 
 def _with_ties(
-    engine: Engine, conventions: Conventions, given: Given, walk: Walk, rows: list[Row]
+    engine: Engine, conventions: Conventions, given: Given, rows: list[Row]
 ) -> list[Row]:
     """Look whether units on the other side of τ explain the differences, where R_in is unknown.
 
     Layers are shared, so one unit of every layer is turned round in one walk; a difference is
     explained if it is the sum of the effects of some units within the band.
     """
+    walk = engine.walk(conventions, given, wants_near=True)
     near = {k: v for k, v in walk.near.items() if v.any() and k not in given.R_in}
     most = max((int(v.sum()) for v in near.values()), default=0)
     if not 0 < most <= _MOST_TIES:
@@ -394,7 +396,8 @@ def _on_stored_inputs(bundle: Bundle, theirs: Theirs) -> list[Row]:
         if R_out is not None:
             if stored_hold:
                 expected = layer.R_out.astype(np.float64)
-                rows.append(row_of(Point(name, "R_out", expected, R_out, 32 * unit), bundle.dtype))
+                point = Point(name, "R_out", R_out, 32 * unit, partial(np.asarray, expected))
+                rows.append(row_of(point, bundle.dtype))
                 stored_hold = rows[-1].verdict in ("exact", "rounding")
             else:
                 rows.append(Row(name, "R_out", shape, "not checked"))
@@ -419,7 +422,7 @@ def _mask_row(
         mask &= a > 0
     band = tie_band(rule, a, R, len(a), is_relu=True, exact=exact)
     expected = np.where(mask, R, 0).astype(np.float64)
-    return row_of(Point(name, "R_in", expected, R_in, 0.0, band), R.dtype)
+    return row_of(Point(name, "R_in", R_in, 0.0, lambda: expected, lambda: band), R.dtype)
 
 
 def _rule(bundle: Bundle, operator: str) -> Rectify | None:

@@ -8,7 +8,7 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -21,6 +21,7 @@ from ..threshold import percentile
 from .bundle import Bundle
 from .compare import (
     Comparison,
+    Row,
     fitted_scale,
     given_of,
     per_sample,
@@ -29,7 +30,7 @@ from .compare import (
     sensitivity,
     summed_like,
 )
-from .engine import Conventions, Engine, Given, Walk
+from .engine import Conventions, Engine, Given, Point
 from .theirs import Theirs
 
 Verdict = Literal["agrees", "explained", "partly explained", "unexplained", "not searched"]
@@ -228,12 +229,23 @@ def diagnose(comparison: Comparison, engine: Engine | None) -> Diagnosis:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is kept of a walk: verdicts, and how to get R at the input."""
+
+    rows: tuple[Row, ...]
+    arrive: Callable[[], np.ndarray]
+    key: Hashable
+
+
 @dataclass(eq=False)
 class _Search:
     engine: Engine
     bundle: Bundle
     theirs: Theirs
-    walks: dict[Any, Walk | None] = field(default_factory=dict)
+    seen: dict[Conventions, _Seen | None] = field(default_factory=dict)
+    rows: dict[Hashable, Row] = field(default_factory=dict)
+    distances: dict[Hashable, float] = field(default_factory=dict)
     fits: dict[tuple[str, ...], Fit | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -261,7 +273,7 @@ class _Search:
             "before": self.before,
             "first_difference": first,
             "untested": untested,
-            "runs": len(self.walks),
+            "runs": len(self.seen),
         }
         if explaining:
             chosen, *others = explaining
@@ -388,44 +400,57 @@ class _Search:
         return self.fits[key]
 
     def _fit(self, option: Sequence[Deviation]) -> Fit | None:
-        conventions = self._conventions(option)
-        walk = self._walk(conventions)
-        if walk is None:
+        seen = self._see(self._conventions(option))
+        if seen is None:
             return None
-        rows = [row_of(point, self.engine.dtype) for point in walk.points]
-        agree = [row.verdict != "different" for row in rows]
-        distances = [min(row.error, 1.0) for row in rows]
+        agree = [row.verdict != "different" for row in seen.rows]
+        distances = [min(row.error, 1.0) for row in seen.rows]
         distance = None
         if self.theirs.values is not None:
-            distance = self._map_distance(conventions, walk, self._finish(option))
+            distance = self._map_distance(seen, self._finish(option), option)
             agree.append(distance <= _EQUAL)
             distances.append(min(distance, 1.0))
         return Fit(sum(agree), len(agree), float(np.mean(distances)), distance)
 
-    def _map_distance(self, conventions: Conventions, walk: Walk, finish: Finish) -> float:
-        x = self.engine.input_of(conventions).astype(np.float64)
-        values = finish(x, walk.R, self.method, self.engine.channel_axis)
+    def _see(self, conventions: Conventions) -> _Seen | None:
+        """What comes of a walk; None where it does not fit the model, as one unit a channel."""
+        if conventions not in self.seen:
+            try:
+                self.seen[conventions] = self._walk(conventions)
+            except ValueError:
+                self.seen[conventions] = None
+        return self.seen[conventions]
+
+    def _walk(self, conventions: Conventions) -> _Seen:
+        if not self.given:  # no points to compare: the backend is faster
+            R = self.engine.gradient(conventions)
+            return _Seen((), lambda: R, conventions)
+        walk = self.engine.walk(conventions, self.given)
+        return _Seen(tuple(map(self._row, walk.points)), walk.arrive, walk.key)
+
+    def _row(self, point: Point) -> Row:
+        """The verdict, found once for all walks that come to a value in the same way."""
+        if point.key not in self.rows:
+            self.rows[point.key] = row_of(point, self.engine.dtype)
+        return self.rows[point.key]
+
+    def _map_distance(self, seen: _Seen, finish: Finish, option: Sequence[Deviation]) -> float:
+        conventions = self._conventions(option)
+        key = (seen.key, conventions.swapped, finish)
+        if key not in self.distances:
+            x = self.engine.input_of(conventions).astype(np.float64)
+            values = finish(x, seen.arrive(), self.method, self.engine.channel_axis)
+            self.distances[key] = self._distance(values, finish)
+        return self.distances[key]
+
+    def _distance(self, values: np.ndarray, finish: Finish) -> float:
         assert self.theirs.values is not None
         found = self.theirs.values.astype(np.float64)
         expected = summed_like(values, found)
         if finish.post == "min-max":
-            expected = _min_max(expected)
-            return relative_distance(found, expected)
+            return relative_distance(found, _min_max(expected))
         scale = per_sample(fitted_scale(found, expected), expected)
         return relative_distance(found, expected * scale)
-
-    def _walk(self, conventions: Conventions) -> Walk | None:
-        if conventions not in self.walks:
-            try:
-                R = None if self.given else self.engine.gradient(conventions)
-                self.walks[conventions] = (
-                    self.engine.walk(conventions, self.given, wants_near=False)
-                    if R is None
-                    else Walk(R, (), {}, 0.0)
-                )
-            except ValueError:  # one unit a channel, for instance
-                self.walks[conventions] = None
-        return self.walks[conventions]
 
     def _conventions(self, option: Sequence[Deviation]) -> Conventions:
         changes = dict(pair for deviation in option for pair in deviation.walk)
@@ -438,21 +463,20 @@ class _Search:
 
     def _ties(self, option: Sequence[Deviation]) -> float:
         conventions = self._conventions(option)
-        return sensitivity(self.engine, conventions, self.engine.walk(conventions))
+        walk = self.engine.walk(conventions, wants_near=True)
+        return sensitivity(self.engine, conventions, walk)
 
     def _missing_where_plain_fits(self) -> list[Deviation]:
         """Several layers without hooks, where what leaves each layer is known."""
-        ours = self._walk(Conventions(self.method))
+        ours = self._see(Conventions(self.method))
         names = frozenset(node.outputs[0] for node in self.engine.layers)
-        plain = self._walk(Conventions(self.method, missing=names))
+        plain = self._see(Conventions(self.method, missing=names))
         if ours is None or plain is None:
             return []
         missing = frozenset(
-            point.value
-            for point, other in zip(ours.points, plain.points, strict=True)
-            if point.kind == "R_in"
-            and row_of(point, self.engine.dtype).verdict == "different"
-            and row_of(other, self.engine.dtype).verdict != "different"
+            row.value
+            for row, other in zip(ours.rows, plain.rows, strict=True)
+            if row.part == "R_in" and row.verdict == "different" != other.verdict
         )
         if not 1 < len(missing) < len(names):
             return []

@@ -9,9 +9,9 @@ float64; scores are rounded to the dtype of the bundle before they meet τ, as t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any, Literal
 
@@ -20,11 +20,10 @@ import numpy as np
 from .. import analysis
 from .. import threshold as threshold_module
 from ..errors import InvalidModel
-from ..executors import make_backend
-from ..explainer import Explainer, seed_at
-from ..forward import Forward
+from ..executors import Backend, make_backend
+from ..explainer import seed_at
 from ..graph import Graph, Node, freeze, input_spec
-from ..methods import Method, RectGrad
+from ..methods import Method
 from ..methods.base import named
 from ..model import Model
 from ..plan import Matches, Plan, RuleTable, Step, make_plan
@@ -68,20 +67,33 @@ class Point:
     value : str
         ONNX value name; at R_in, that of the activation's output.
     kind : str
-    expected, found : numpy.ndarray
-        What follows from what was shared before, in float64; and what was given.
+    found : numpy.ndarray
+        What was given.
     tolerance : float
         Relative to the largest absolute expected value of each sample.
-    band : numpy.ndarray of bool, or None
-        At R_in: units within the stated band around τ.
+    expect, find_band : callable
+        See `expected` and `band`.
+    key : hashable
+        Equal at two walks of one engine where everything else is, too.
     """
 
     value: str
     kind: Kind
-    expected: np.ndarray
     found: np.ndarray
     tolerance: float
-    band: np.ndarray | None = None
+    expect: Callable[[], np.ndarray]
+    find_band: Callable[[], np.ndarray | None] = lambda: None
+    key: Hashable = None
+
+    @cached_property
+    def expected(self) -> np.ndarray:
+        """What follows from what was shared before, in float64; computed when it is looked at."""
+        return self.expect()
+
+    @cached_property
+    def band(self) -> np.ndarray | None:
+        """At R_in: the units within the stated band around τ."""
+        return self.find_band()
 
 
 @dataclass(frozen=True)
@@ -112,16 +124,6 @@ class Conventions:
     swapped: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deviating(RectGrad):
-    """RectGrad with what `Conventions` says of its layers."""
-
-    conventions: Conventions
-
-    def rules(self, graph: Graph) -> RuleTable:
-        return table_of(super().rules(graph), graph, self.conventions)
-
-
 @dataclass(frozen=True)
 class RectifyByInput(Rule):
     """RectGrad with scores z·R: what hooks that see an activation's input compute."""
@@ -145,20 +147,28 @@ class Walk:
 
     Attributes
     ----------
-    R : numpy.ndarray
-        At the input, float64.
     points : tuple of Point
         In the order of the walk, from the logits.
     near : mapping of str to numpy.ndarray of bool
-        Layer → units whose score lies within float32 rounding of τ.
+        Layer → units whose score lies within float32 rounding of τ, where they were asked for.
     tolerance : float
         Of R, since the last shared gradient.
+    arrive : callable
+        See `R`.
+    key : hashable
+        Equal at two walks of one engine where R is.
     """
 
-    R: np.ndarray
     points: tuple[Point, ...]
     near: Mapping[str, np.ndarray]
     tolerance: float
+    arrive: Callable[[], np.ndarray]
+    key: Hashable = None
+
+    @cached_property
+    def R(self) -> np.ndarray:
+        """At the input, float64; computed when it is looked at."""
+        return self.arrive()
 
 
 class Engine:
@@ -172,7 +182,7 @@ class Engine:
     target : numpy.ndarray of int, shape (N,)
     input, output : str
         Value names.
-    forward : Forward, optional
+    backend : Backend, optional
         Where activations come from; by default the fastest that has the dtype of `x`.
     """
 
@@ -184,7 +194,7 @@ class Engine:
         *,
         input: str,
         output: str,
-        forward: Forward | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.model, self.x, self.target, self.dtype = model, x, target, x.dtype
         whole = _samplewise(model, x.shape, input, output)
@@ -192,31 +202,25 @@ class Engine:
         size = len(x) if self.samplewise else 1
         self.graph: Graph = whole or freeze(model, (size, *x.shape[1:]), input=input, output=output)
         self.groups = [slice(i, i + size) for i in range(0, len(x), size)]
-        self._forward = forward or self._fastest()
+        self.backend = backend or self._fastest()
         self._values: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
         self._given: dict[Given, list[Given]] = {}
-        self.memory = _Memory()
+        self._numbers: dict[tuple[Hashable, ...], int] = {}
+        self.shared: dict[int, _Gradient] = {}
 
-    def _fastest(self) -> Forward:
+    def _fastest(self) -> Backend:
         name = "auto" if self.dtype == np.float32 else "reference"
         fixed = input_spec(self.model, self.graph.input).shape[0] is not None
         rebatch = fixed and self.samplewise
         return make_backend(
             name, self.model, self.graph.input, rebatch=rebatch, dtype=self.dtype, threads=None
-        ).forward
+        )
 
     @property
     def layers(self) -> list[Node]:
         """The activations, from the input to the logits."""
         names = analysis.activations(self.graph)
         return [node for node in analysis.path(self.graph) if node.name in names]
-
-    @cached_property
-    def logits(self) -> np.ndarray:
-        """(N, classes), float64."""
-        parts = [self._forward_values(False, i, ()) for i in range(len(self.groups))]
-        classes = self.graph.classes
-        return np.concatenate([v[self.graph.logits].reshape(-1, classes) for v in parts])
 
     @cached_property
     def channel_axis(self) -> int | None:
@@ -227,9 +231,16 @@ class Engine:
 
     def input_of(self, conventions: Conventions) -> np.ndarray:
         """What the network sees."""
-        if not conventions.swapped or self.channel_axis is None:
+        return self._input(conventions.swapped)
+
+    def _input(self, swapped: bool) -> np.ndarray:
+        if not swapped or self.channel_axis is None:
             return self.x
-        return np.flip(self.x, self.channel_axis)
+        return np.ascontiguousarray(np.flip(self.x, self.channel_axis))
+
+    def number(self, *key: Hashable) -> int:
+        """The number of what a gradient follows from: its own, and one hash instead of many."""
+        return self._numbers.setdefault(key, len(self._numbers))
 
     def walk(
         self,
@@ -237,7 +248,7 @@ class Engine:
         given: Given | None = None,
         *,
         flip: Mapping[str, np.ndarray] | None = None,
-        wants_near: bool = True,
+        wants_near: bool = False,
     ) -> Walk:
         """Walk back from the logits.
 
@@ -256,44 +267,37 @@ class Engine:
         ValueError
             The conventions do not fit the model, such as one unit a channel.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rules = conventions.method.rules(self.graph)
-            plan = make_plan(self.graph, table_of(rules, self.graph, conventions))
+        plan = self._plan(conventions)
         parts = [
             _Pass(self, plan, conventions, i, part, _sliced(flip, rows), wants_near)()
             for i, (rows, part) in enumerate(zip(self.groups, self._parts(given), strict=True))
         ]
         return _joined(parts)
 
-    def gradient(self, conventions: Conventions) -> np.ndarray | None:
-        """R at the input by the compiled backend, which is many times faster than `walk`.
+    def gradient(self, conventions: Conventions) -> np.ndarray:
+        """R at the input by the backend, in its dtype: many times faster than `walk`.
 
-        Returns
-        -------
-        numpy.ndarray, float64, or None
-            None where it cannot run these conventions.
+        Raises
+        ------
+        ValueError
+            As in `walk`.
         """
-        method = conventions.method
-        if self.dtype != np.float32 or conventions.seed != "method":
-            return None
-        if not isinstance(method, RectGrad):
-            return None
-        plain = Deviating(
-            **vars(replace(method, times_input=False, final_threshold=False)),
-            conventions=conventions,
-        )
-        x = np.ascontiguousarray(self.input_of(conventions))
+        x, runner = self.input_of(conventions), self.backend.runner(self._plan(conventions))
+        parts = [runner(x[rows], partial(self.seed, conventions, rows))[1] for rows in self.groups]
+        return np.concatenate(parts).astype(np.float64)
+
+    def seed(self, conventions: Conventions, rows: slice, scores: np.ndarray) -> np.ndarray:
+        """What enters at the logits of some samples, (n, classes)."""
+        if conventions.seed == "every class":
+            return np.ones_like(scores)
+        seed = seed_at(scores, self.target[rows], conventions.method.output_seed)
+        return seed / len(self.x) if conventions.seed == "mean" else seed
+
+    def _plan(self, conventions: Conventions) -> Plan:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = self._explainer.explain(x, method=plain, target=self.target)
-        return result.values.astype(np.float64)
-
-    @cached_property
-    def _explainer(self) -> Explainer:
-        return Explainer(
-            self.model.proto, dtype=self.dtype, input=self.graph.input, output=self.graph.output
-        )
+            rules = conventions.method.rules(self.graph)
+            return make_plan(self.graph, table_of(rules, self.graph, conventions))
 
     def _parts(self, given: Given | None) -> list[Given]:
         if given is None or len(self.groups) == 1:
@@ -314,10 +318,8 @@ class Engine:
         known = self._values.setdefault((swapped, group), {})
         missing = [v for v in dict.fromkeys((self.graph.logits, *names)) if v not in known]
         if missing:
-            x = self.x[self.groups[group]]
-            if swapped and self.channel_axis is not None:
-                x = np.ascontiguousarray(np.flip(x, self.channel_axis))
-            found = self._forward(self.graph, x, missing)
+            x = self._input(swapped)[self.groups[group]]
+            found = self.backend.forward(self.graph, x, missing)
             known.update(
                 (k, v.astype(np.float64) if np.issubdtype(v.dtype, np.floating) else v)
                 for k, v in found.items()
@@ -332,6 +334,17 @@ def _samplewise(model: Model, shape: tuple[int, ...], input: str, output: str) -
     except InvalidModel:
         return None
     return graph if shape[0] == 1 or analysis.is_samplewise(graph) else None
+
+
+class _Gradient:
+    """A gradient that is computed when it is looked at, and the number of what it follows from."""
+
+    def __init__(self, number: int, compute: Callable[[], np.ndarray]) -> None:
+        self.number, self._compute = number, compute
+
+    @cached_property
+    def value(self) -> np.ndarray:
+        return self._compute()
 
 
 class _Pass:
@@ -355,8 +368,9 @@ class _Pass:
         constants = constants_as({v: graph.constants[v] for v in read}, np.dtype(np.float64))
         self.values = {**constants, **values}
         self.unit = _ROUNDING[engine.dtype]
-        self.swapped, self.wants_near = conventions.swapped, wants_near
-        self.R: dict[str, np.ndarray] = {}
+        self.sees, self.wants_near = (conventions.swapped, group), wants_near
+        self.layers = {s.node.outputs[0] for s in plan.steps if s.node.name in plan.layers}
+        self.R: dict[str, _Gradient] = {}
         self.tolerance: dict[str, float] = {}
         self.points: list[Point] = []
         self.near: dict[str, np.ndarray] = {}
@@ -365,33 +379,33 @@ class _Pass:
     def __call__(self) -> Walk:
         for step in self.plan.steps:
             outgoing = tuple(self._take(v, i, step) for i, v in enumerate(step.node.outputs))
-            is_layer = step.node.name in self.plan.layers
+            is_layer = step.node.outputs[0] in self.layers
             for position, name in zip(step.positions, step.writes, strict=True):
-                call = Call(
-                    step.node, position, outgoing, self.values, NOTHING, self.plan.graph.batch
-                )
-                gradient = self._layer(call, step) if is_layer else self._linear(call, step)
-                self._add(name, gradient, step, is_layer)
+                found = self._step(step, position, outgoing, is_layer)
+                self._add(name, found, step, is_layer)
         name = self.plan.graph.input
         self._meet(name)
-        return Walk(self.R[name], tuple(self.points), self.near, self.tolerance[name])
+        R = self.R[name]
+        self.R.clear()  # What is still to be computed holds what it needs.
+        return Walk(tuple(self.points), self.near, self.tolerance[name], lambda: R.value, R.number)
+
+    def _gradient(self, compute: Callable[[], np.ndarray], *key: Hashable) -> _Gradient:
+        return _Gradient(self.engine.number(self.sees, *key), compute)
 
     def _plant(self, conventions: Conventions, group: int) -> None:
-        graph, rows = self.plan.graph, self.engine.groups[group]
-        logits = self.values[graph.logits]
-        scores = logits.reshape(len(self.engine.target[rows]), -1)
-        target, kind = self.engine.target[rows], conventions.method.output_seed
-        seed = seed_at(scores, target, kind)
-        if conventions.seed == "every class":
-            seed = np.ones_like(scores)
-        if conventions.seed == "mean":
-            seed = seed / len(self.engine.x)
-        self.R[graph.logits] = seed.reshape(logits.shape)
-        self.tolerance[graph.logits] = seed_tolerance(scores, target, kind, self.unit)
+        engine, logits = self.engine, self.plan.graph.logits
+        rows, kind = engine.groups[group], conventions.method.output_seed
+        target, shape = engine.target[rows], self.values[logits].shape
+        scores = self.values[logits].reshape(len(target), -1)
+        self.R[logits] = self._gradient(
+            lambda: engine.seed(conventions, rows, scores).reshape(shape), conventions.seed, kind
+        )
+        self.tolerance[logits] = seed_tolerance(scores, target, kind, self.unit)
 
-    def _take(self, name: str, output: int, step: Step) -> np.ndarray:
+    def _take(self, name: str, output: int, step: Step) -> _Gradient:
         if name not in self.R:
-            self.R[name] = np.zeros(step.node.output_shapes[output])
+            shape = step.node.output_shapes[output]
+            self.R[name] = self._gradient(lambda: np.zeros(shape), "zeros", name)
             self.tolerance[name] = 0.0
         self._meet(name)
         return self.R[name]
@@ -401,36 +415,52 @@ class _Pass:
         found = self.given.at.get(name)
         if found is None:
             return
-        is_layer = any(
-            s.node.outputs[0] == name for s in self.plan.steps if s.node.name in self.plan.layers
-        )
-        kind: Kind = "R_out" if is_layer else "gradient"
-        self.points.append(Point(name, kind, self.R[name], found, self.tolerance[name]))
-        self.R[name] = self.engine.memory.get(("", id(found)), (found,), lambda: _double(found))
+        kind: Kind = "R_out" if name in self.layers else "gradient"
+        R, tolerance = self.R[name], self.tolerance[name]
+        key = (kind, R.number)
+        self.points.append(Point(name, kind, found, tolerance, lambda: R.value, key=key))
+        self.R[name] = self._share(found, kind, name)
         self.tolerance[name] = 0.0
 
-    def _linear(self, call: Call, step: Step) -> np.ndarray:
-        """The step, done once for the same gradient: conventions share most of their walks."""
-        key = (self.swapped, step.node.name, call.position, step.rule, *map(id, call.R))
-        return self.engine.memory.get(key, call.R, lambda: step.rule(call))
+    def _share(self, found: np.ndarray, *key: Hashable) -> _Gradient:
+        made = self._gradient(lambda: found.astype(np.float64), self.given, *key)
+        return self.engine.shared.setdefault(made.number, made)
 
-    def _layer(self, call: Call, step: Step) -> np.ndarray:
-        name, rule = step.node.outputs[0], step.rule
-        key = (self.swapped, name, rule, id(call.R[0]))
-        gradient = self.engine.memory.get(key, call.R, lambda: self._ruled(call, step))
-        if isinstance(rule, Rectify) and self.wants_near:
-            self.near[name] = self._band(rule, call, exact=False)
-            gradient = self._flipped(gradient, call, rule)
-        shared = self.given.R_in.get(name)
-        if shared is None:
-            return gradient
-        band = None
-        if isinstance(rule, Rectify) and not np.array_equal(gradient, shared):
-            band = self._band(rule, call, exact=name in self.given.a and name in self.given.at)
+    def _step(
+        self, step: Step, position: int, outgoing: tuple[_Gradient, ...], is_layer: bool
+    ) -> _Gradient:
+        name, numbers = step.node.outputs[0], (R.number for R in outgoing)
+
+        def call() -> Call:
+            R = tuple(gradient.value for gradient in outgoing)
+            return Call(step.node, position, R, self.values, NOTHING, self.plan.graph.batch)
+
+        if not is_layer:
+            return self._gradient(lambda: step.rule(call()), name, position, step.rule, *numbers)
+        found = self._gradient(
+            lambda: self._ruled(call(), step), self.given, name, step.rule, *numbers
+        )
+        if isinstance(step.rule, Rectify) and self.wants_near:
+            self.near[name] = self._band(step.rule, call(), exact=False)
+        if name in self.flip and isinstance(step.rule, Rectify):
+            found = self._flipped(found, call(), step.rule)
+        return self._leave(name, found, call, step) if name in self.given.R_in else found
+
+    def _leave(self, name: str, R: _Gradient, call: Callable[[], Call], step: Step) -> _Gradient:
+        """Compare what leaves an activation with the other side's, and share that."""
+        shared, rule = self.given.R_in[name], step.rule
+        exact = name in self.given.a and name in self.given.at
+
+        def band() -> np.ndarray | None:
+            if not isinstance(rule, Rectify) or np.array_equal(R.value, shared):
+                return None
+            return self._band(rule, call(), exact)
+
         selects = step.node.op == "Relu" and not isinstance(rule, EpsilonRatio)
         tolerance = self.tolerance[name] + (0.0 if selects else 8 * self.unit)
-        self.points.append(Point(name, "R_in", gradient, shared, tolerance, band))
-        return self.engine.memory.get(("", id(shared)), (shared,), lambda: _double(shared))
+        key = ("R_in", R.number)
+        self.points.append(Point(name, "R_in", shared, tolerance, lambda: R.value, band, key))
+        return self._share(shared, "R_in", name)
 
     def _ruled(self, call: Call, step: Step) -> np.ndarray:
         """The rule in the dtype in which scores are rounded."""
@@ -442,21 +472,19 @@ class _Pass:
         one = Call(step.node, call.position, (R,), rounded, NOTHING, call.samples)
         return step.rule(one).astype(np.float64)
 
-    def _flipped(self, gradient: np.ndarray, call: Call, rule: Rectify) -> np.ndarray:
-        turned = self.flip.get(call.node.outputs[0])
-        if turned is None:
-            return gradient
-        passed = call.R[0]
+    def _flipped(self, R: _Gradient, call: Call, rule: Rectify) -> _Gradient:
+        turned, passed = self.flip[call.node.outputs[0]], call.R[0]
         if call.node.op != "Relu" and rule.derivative:
             passed = passed * call.slope(call.z)
-        return np.where(turned, np.where(gradient == 0, passed, 0), gradient)
+        found = np.where(turned, np.where(R.value == 0, passed, 0), R.value)
+        return self._gradient(lambda: found, object())
 
     def _band(self, rule: Rectify, call: Call, exact: bool) -> np.ndarray:
         a = self.given.a.get(call.node.outputs[0], call.a).astype(self.engine.dtype)
         R = call.R[0].astype(self.engine.dtype)
         return tie_band(rule, a, R, call.samples, is_relu=call.node.op == "Relu", exact=exact)
 
-    def _add(self, name: str, gradient: np.ndarray, step: Step, is_layer: bool) -> None:
+    def _add(self, name: str, gradient: _Gradient, step: Step, is_layer: bool) -> None:
         before = max((self.tolerance.get(v, 0.0) for v in step.node.outputs), default=0.0)
         if is_layer and step.node.outputs[0] in self.given.R_in:
             before = 0.0
@@ -466,38 +494,9 @@ class _Pass:
             self.R[name] = gradient
             return
         one = self.R[name]
-        self.R[name] = self.engine.memory.get(
-            ("+", id(one), id(gradient)), (one, gradient), lambda: one + gradient
+        self.R[name] = self._gradient(
+            lambda: one.value + gradient.value, "+", one.number, gradient.number
         )
-
-
-@dataclass(eq=False)
-class _Memory:
-    """Results by what they were computed from, which is kept so that identities stay unique."""
-
-    room: int = 2**31
-    found: dict[tuple[Any, ...], tuple[np.ndarray, tuple[np.ndarray, ...]]] = field(
-        default_factory=dict
-    )
-
-    def get(
-        self,
-        key: tuple[Any, ...],
-        sources: tuple[np.ndarray, ...],
-        compute: Callable[[], np.ndarray],
-    ) -> np.ndarray:
-        if key not in self.found:
-            result = compute()
-            size = result.nbytes + sum(source.nbytes for source in sources)
-            if size > self.room:
-                return result
-            self.room -= size
-            self.found[key] = (result, sources)
-        return self.found[key][0]
-
-
-def _double(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64)
 
 
 def linear_tolerance(step: Step, unit: float) -> float:
@@ -606,13 +605,32 @@ def _joined(parts: Sequence[Walk]) -> Walk:
 
     first = parts[0]
     points = tuple(
-        replace(
-            point,
-            expected=together(lambda w, i=i: w.points[i].expected),  # type: ignore[misc]
-            found=together(lambda w, i=i: w.points[i].found),  # type: ignore[misc]
-            band=None if point.band is None else together(lambda w, i=i: w.points[i].band),  # type: ignore[misc]
+        Point(
+            point.value,
+            point.kind,
+            together(lambda w, i=i: w.points[i].found),  # type: ignore[misc]
+            point.tolerance,
+            partial(together, lambda w, i=i: w.points[i].expected),  # type: ignore[misc]
+            partial(_bands, parts, i),
+            tuple(part.points[i].key for part in parts),
         )
         for i, point in enumerate(first.points)
     )
     near = {name: together(lambda w, n=name: w.near[n]) for name in first.near}  # type: ignore[misc]
-    return Walk(together(lambda w: w.R), points, near, first.tolerance)
+    key = tuple(part.key for part in parts)
+
+    def arrive() -> np.ndarray:
+        return together(lambda walk: walk.R)
+
+    return Walk(points, near, first.tolerance, arrive, key)
+
+
+def _bands(parts: Sequence[Walk], i: int) -> np.ndarray | None:
+    """Of all samples; a part without differences has looked for none."""
+    bands = [part.points[i].band for part in parts]
+    if all(band is None for band in bands):
+        return None
+    founds = [part.points[i].found for part in parts]
+    return np.concatenate(
+        [np.zeros(f.shape, bool) if b is None else b for b, f in zip(bands, founds, strict=True)]
+    )

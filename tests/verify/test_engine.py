@@ -65,7 +65,6 @@ def test_conventions_are_options(options: dict[str, Any], path: str) -> None:
     if path == "gradient":
         pytest.importorskip("onnxruntime")
         R = made_engine.gradient(conventions)
-        assert R is not None
     else:
         R = made_engine.walk(conventions).R
     assert relative(made_engine.map_of(conventions, R), expected.values) < 1e-6
@@ -74,21 +73,15 @@ def test_conventions_are_options(options: dict[str, Any], path: str) -> None:
 @pytest.mark.parametrize(
     "deviating",
     [{"missing": frozenset({"conv2.relu"})}, {"scores_z": True}, {"channelwise": True},
-     {"swapped": True}],
+     {"swapped": True}, {"seed": "every class"}, {"seed": "mean"}],
     ids=str,
 )  # fmt: skip
 def test_both_ways_of_walking_agree(bundle: Bundle, deviating: dict[str, Any]) -> None:
     conventions = Conventions(bundle.method, **deviating)
     made_engine = engine(bundle)
     fast = made_engine.gradient(conventions)
-    assert fast is not None
     assert relative(fast, made_engine.walk(conventions).R) < 1e-6
     assert relative(fast, made_engine.walk(Conventions(bundle.method)).R) > 1e-3
-
-
-@pytest.mark.parametrize("seed", ["every class", "mean"])
-def test_other_seeds_are_walked_step_by_step(bundle: Bundle, seed: Any) -> None:
-    assert engine(bundle).gradient(Conventions(bundle.method, seed=seed)) is None
 
 
 def test_shared_gradients_take_the_place_of_the_walk_s(bundle: Bundle) -> None:
@@ -133,7 +126,6 @@ def test_a_model_that_takes_one_sample_at_a_time() -> None:
     walk = found.walk(Conventions(made.method), Given({"a": made.layers["a"].R_out}))
     assert [point.found.shape for point in walk.points] == [(3, 4, 6, 6)]
     assert relative(found.map_of(Conventions(made.method), walk.R), made.values) < 1e-6
-    assert found.logits.shape == (3, 3)
 
 
 @pytest.mark.parametrize("method", ["smoothgrad", "integrated_gradients", "deeplift", "random"])
