@@ -8,9 +8,8 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from .compare import (
     sensitivity,
     summed_like,
 )
-from .engine import Conventions, Engine, Given, Point
+from .engine import Conventions, Engine, Given, Point, Walk
 from .theirs import Theirs
 
 Verdict = Literal["agrees", "explained", "partly explained", "unexplained", "not searched"]
@@ -40,7 +39,7 @@ Verdict = Literal["agrees", "explained", "partly explained", "unexplained", "not
 _EQUAL = 1e-4
 # Pairs are tried among the best single deviations; all of them where one walk is cheap.
 _CHEAP_UNITS = 20_000
-_BEST = 8
+_BEAM = 6
 _MOST_DEVIATIONS = 6
 _HELPS = 0.8  # one more deviation must bring the distance down to this fraction
 
@@ -229,204 +228,227 @@ def diagnose(comparison: Comparison, engine: Engine | None) -> Diagnosis:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What is kept of a walk: verdicts, and how to get R at the input."""
+@dataclass(frozen=True)
+class _Reach:
+    """How far from the logits everything agrees.
 
-    rows: tuple[Row, ...]
-    arrive: Callable[[], np.ndarray]
-    key: Hashable
+    Attributes
+    ----------
+    points : int
+        That agree before the first that differs; the map is the last of them.
+    distance : float
+        Of the map, where that is the one that differs.
+    ends : sequence of tuple of Deviation
+        What may be done after the walk to come that far; the first is the best.
+    """
+
+    points: int
+    distance: float = 0.0
+    ends: Sequence[tuple[Deviation, ...]] = ((),)
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The smaller, the farther."""
+        return (-self.points, self.distance)
+
+
+_Steps = tuple[Deviation, ...]
 
 
 @dataclass(eq=False)
 class _Search:
+    """A beam search over sets of deviations.
+
+    A set of deviations of the walk is the better, the farther from the logits everything agrees
+    with it on shared inputs; of those that come to the map, the one whose map is nearest. Where
+    nothing explains a value, that value is left out, and the search goes on behind it.
+    """
+
     engine: Engine
     bundle: Bundle
     theirs: Theirs
-    seen: dict[Conventions, _Seen | None] = field(default_factory=dict)
     rows: dict[Hashable, Row] = field(default_factory=dict)
     distances: dict[Hashable, float] = field(default_factory=dict)
-    fits: dict[tuple[str, ...], Fit | None] = field(default_factory=dict)
+    reaches: dict[frozenset[Deviation], _Reach | None] = field(default_factory=dict)
+    left_out: set[int] = field(default_factory=set)
+    tried: set[Conventions] = field(default_factory=set)
+    points: int = 0
 
     def __post_init__(self) -> None:
         method = self.bundle.method
         assert isinstance(method, RectGrad)
         self.method = method
         self.given: Given = given_of(self.engine, self.theirs)
-        self.before = self.fit(())
-        assert self.before is not None
-        self.deviations = list(known(method, self.engine))
-        self.deviations += self._missing_where_plain_fits()
-        has_map = self.theirs.values is not None
-        self.finishes: list[tuple[Deviation, ...]] = [()]
-        if has_map:
-            ends = [d for d in self.deviations if not d.walk]
-            self.finishes += [(d,) for d in ends]
-            self.finishes += [pair for pair in combinations(ends, 2) if _compatible(pair)]
-        self.steps = [d for d in self.deviations if d.walk]
+        deviations = list(known(method, self.engine))
+        deviations += self._missing_where_plain_fits()
+        self.steps = [d for d in deviations if d.walk]
+        ends = [d for d in deviations if not d.walk]
+        pairs = [pair for pair in combinations(ends, 2) if _compatible(pair)]
+        self.ends: list[_Steps] = [(), *((d,) for d in ends), *pairs]
 
     def result(self, comparison: Comparison) -> Diagnosis:
         explaining, best = self._search()
-        first = comparison.first_difference
-        untested = tuple(self._untested())
-        common = {
-            "before": self.before,
-            "first_difference": first,
-            "untested": untested,
-            "runs": len(self.seen),
-        }
+        before, after = self.fit(()), self.fit(best)
+        found = Diagnosis(
+            "unexplained",
+            before=before,
+            first_difference=comparison.first_difference,
+            untested=tuple(self._untested()),
+            runs=len(self.tried),
+        )
         if explaining:
-            chosen, *others = explaining
-            return Diagnosis(
-                "explained",
-                chosen,
-                tuple(others[:6]),
-                after=self.fit(chosen),
-                **common,  # type: ignore[arg-type]
+            others = tuple(explaining[1:7])
+            return replace(
+                found, verdict="explained", deviations=best, alternatives=others, after=after
             )
-        after = self.fit(best)
-        assert self.before is not None and after is not None
-        if not best or after.rank >= self.before.rank:
-            return Diagnosis("unexplained", **common)  # type: ignore[arg-type]
+        clearly = after.distance < before.distance / 3
+        if not best or not (clearly or after.agreeing > before.agreeing):
+            return found
         ties = 0.0 if self.given else self._ties(best)
         within = after.map_distance is not None and after.map_distance <= 2 * ties
-        clearly = after.distance < self.before.distance / 3
-        if not (clearly or after.agreeing > self.before.agreeing):
-            return Diagnosis("unexplained", **common)  # type: ignore[arg-type]
         verdict: Verdict = "explained" if within and clearly else "partly explained"
-        return Diagnosis(verdict, best, (), after=after, ties=ties, **common)  # type: ignore[arg-type]
+        return replace(found, verdict=verdict, deviations=best, after=after, ties=ties)
 
-    def _search(self) -> tuple[list[tuple[Deviation, ...]], tuple[Deviation, ...]]:
+    def _search(self) -> tuple[list[_Steps], _Steps]:
         """Sets that explain everything, all of the smallest size; and the best set at all."""
-        best: tuple[Deviation, ...] = ()
-        stages = (
-            lambda: self._of_size(1),
-            lambda: self._of_size(2),
-            lambda: self._pairs(self._promising),
-            lambda: self._triples(),
-            lambda: self._pairs(self.steps if self._is_cheap else []),
-        )
-        # Through a large network, pairs take long: what helps is added to the best first.
-        for number, stage in enumerate(stages):
-            if number == 1 and not self._is_cheap:
-                best = self._grown(best)
-                fit = self.fit(best)
-                if fit is not None and fit.explains:
-                    return [best], best
-            explaining = []
-            for option in stage():
-                fit = self.fit(option)
-                if fit is None:
-                    continue
-                if fit.explains:
-                    explaining.append(option)
-                best = self._better(best, option)
+        best: _Steps = ()
+        beam, is_wide = [best], False
+        while len(beam[0]) < _MOST_DEVIATIONS:
+            grown = self._ranked(self._extended(beam))
+            explaining = self._explaining([*beam, *grown])
+            if not (explaining or is_wide) and self._needs_pairs(grown[0], best):
+                is_wide, root = True, () if self._is_cheap else best
+                grown = self._ranked(self._extended(self._extended([root])))
+                explaining = self._explaining(grown)
             if explaining:
-                return explaining, best
-        best = self._grown(best)
-        fit = self.fit(best)
-        return ([best] if fit and fit.explains else []), best
+                return explaining, explaining[0]
+            if self._is_better(grown[0], best):
+                best = grown[0]
+            elif self._leave_out(best):
+                grown = [best]
+            elif len(grown[0]) > 1:
+                break
+            beam = grown[:_BEAM]
+        best = self._pruned(best)
+        return [], (*best, *self._known_reach(best).ends[0])
 
-    def _of_size(self, size: int) -> Iterator[tuple[Deviation, ...]]:
-        """Sets with at most one deviation of the walk."""
-        for end in self.finishes:
-            if len(end) == size:
-                yield end
-            elif len(end) == size - 1:
-                yield from ((s, *end) for s in self.steps if _compatible((s, *end)))
+    def _extended(self, beam: Sequence[_Steps]) -> list[_Steps]:
+        """Every set with one more deviation."""
+        found = {
+            frozenset((*steps, more)): (*steps, more)
+            for steps in beam
+            for more in self.steps
+            if _compatible((*steps, more))
+        }
+        return list(found.values())
+
+    def _ranked(self, sets: Sequence[_Steps]) -> list[_Steps]:
+        """Those that fit the model, the best first."""
+        reaches = {steps: reach for steps in sets if (reach := self._reach(steps)) is not None}
+        return sorted(reaches, key=lambda steps: reaches[steps].rank)
+
+    def _explaining(self, sets: Sequence[_Steps]) -> list[_Steps]:
+        """The smallest of them, with what is done after the walk, that explain everything."""
+        if self.left_out:
+            return []
+        found = [
+            (*steps, *end)
+            for steps in sets
+            if (reach := self._known_reach(steps)).points > self.points
+            for end in reach.ends
+        ]
+        smallest = min(map(len, found), default=0)
+        return [option for option in found if len(option) == smallest]
+
+    def _needs_pairs(self, grown: _Steps, best: _Steps) -> bool:
+        """Whether all pairs are tried: two mistakes in one layer hide each other."""
+        if self._is_cheap and len(grown) == 2:
+            return True
+        return bool(self.given) and not self._is_better(grown, best)
 
     @property
     def _is_cheap(self) -> bool:
         units = sum(int(np.prod(node.output_shapes[0])) for node in self.engine.layers)
         return units * len(self.engine.groups) <= _CHEAP_UNITS
 
-    @cached_property
-    def _promising(self) -> list[Deviation]:
-        return sorted(self.steps, key=self._rank_with_ends)[:_BEST]
+    def _is_better(self, one: _Steps, other: _Steps) -> bool:
+        """By so much that it is worth one more deviation."""
+        ours, theirs = self._known_reach(one), self._known_reach(other)
+        nearer = ours.distance < _HELPS * theirs.distance
+        return ours.points > theirs.points or (ours.points == theirs.points and nearer)
 
-    def _pairs(self, steps: Sequence[Deviation]) -> Iterator[tuple[Deviation, ...]]:
-        """Two deviations of the walk."""
-        yield from (pair for pair in combinations(steps, 2) if _compatible(pair))
+    def _leave_out(self, best: _Steps) -> bool:
+        """Search on behind the value that nothing explains, if there is more to explain."""
+        if (reached := self._known_reach(best).points) >= self.points:
+            return False
+        self.left_out.add(reached)
+        self.reaches.clear()
+        return True
 
-    def _triples(self) -> Iterator[tuple[Deviation, ...]]:
-        """Three, with at least one after the walk."""
-        yield from self._of_size(3)
-        ends = [end for end in self.finishes if len(end) == 1]
-        for pair in self._pairs(self._promising):
-            yield from ((*pair, *end) for end in ends if _compatible((*pair, *end)))
-
-    def _rank_with_ends(self, step: Deviation) -> tuple[int, float]:
-        options = [(step, *end) for end in self.finishes if _compatible((step, *end))]
-        fits = [fit for option in options if (fit := self.fit(option)) is not None]
-        return min((fit.rank for fit in fits), default=(10**9, np.inf))
-
-    def _grown(self, best: tuple[Deviation, ...]) -> tuple[Deviation, ...]:
-        """Add what helps, one at a time; leave out what is not needed any more."""
-        while len(best) < _MOST_DEVIATIONS:
-            grown = best
-            for deviation in self.deviations:
-                if _compatible((*best, deviation)):
-                    grown = self._better(grown, (*best, deviation))
-            if grown == best:
-                return best
-            best = self._pruned(grown)
-        return best
-
-    def _pruned(self, best: tuple[Deviation, ...]) -> tuple[Deviation, ...]:
+    def _pruned(self, best: _Steps) -> _Steps:
+        """Without what is not needed any more."""
         for deviation in best[:-1]:
             smaller = tuple(d for d in best if d is not deviation)
-            fit, without = self.fit(best), self.fit(smaller)
-            if fit is not None and without is not None and without.rank <= fit.rank:
+            if self._known_reach(smaller).rank <= self._known_reach(best).rank:
                 best = smaller
         return best
 
-    def _better(
-        self, one: tuple[Deviation, ...], other: tuple[Deviation, ...]
-    ) -> tuple[Deviation, ...]:
-        """`other` where it fits better, and by enough if it has more deviations."""
-        ours, theirs = self.fit(one), self.fit(other)
-        if theirs is None or ours is None:
-            return one if theirs is None else other
-        if theirs.agreeing != ours.agreeing:
-            return other if theirs.agreeing > ours.agreeing else one
-        needed = _HELPS if len(other) > len(one) else 1.0
-        return other if theirs.distance < needed * ours.distance else one
+    def _known_reach(self, steps: _Steps) -> _Reach:
+        reach = self._reach(steps)
+        assert reach is not None
+        return reach
 
-    def fit(self, option: Sequence[Deviation]) -> Fit | None:
-        """How well the set explains the other side; None where it does not fit the model."""
-        key = tuple(sorted(d.id for d in option))
-        if key not in self.fits:
-            self.fits[key] = self._fit(option)
-        return self.fits[key]
+    def _reach(self, steps: _Steps) -> _Reach | None:
+        """How far everything agrees; None where the set does not fit the model."""
+        key = frozenset(steps)
+        if key not in self.reaches:
+            try:
+                self.reaches[key] = self._measured(steps)
+            except ValueError:  # one unit a channel, for instance
+                self.reaches[key] = None
+        return self.reaches[key]
 
-    def _fit(self, option: Sequence[Deviation]) -> Fit | None:
-        seen = self._see(self._conventions(option))
-        if seen is None:
-            return None
-        agree = [row.verdict != "different" for row in seen.rows]
-        distances = [min(row.error, 1.0) for row in seen.rows]
+    def _measured(self, steps: _Steps) -> _Reach:
+        walk = self._walk(steps)
+        for i, point in enumerate(walk.points):
+            if i not in self.left_out and self._row(point).verdict == "different":
+                return _Reach(i)
+        if self.theirs.values is None:
+            return _Reach(self.points + 1)
+        options = [end for end in self.ends if _compatible((*steps, *end))]
+        distances = {end: self._map_distance(walk, (*steps, *end)) for end in options}
+        equal = [end for end, distance in distances.items() if distance <= _EQUAL]
+        if equal:
+            smallest = len(equal[0])  # they come in the order of their sizes
+            return _Reach(self.points + 1, 0.0, [e for e in equal if len(e) == smallest])
+        best: _Steps = ()
+        for end, distance in distances.items():
+            if distance < (_HELPS if len(end) > len(best) else 1) * distances[best]:
+                best = end
+        return _Reach(self.points, distances[best], [best])
+
+    def fit(self, option: _Steps) -> Fit:
+        """How well the set explains the other side at every value."""
+        walk = self._walk(option)
+        rows = [self._row(point) for point in walk.points]
+        agree = [row.verdict != "different" for row in rows]
+        distances = [min(row.error, 1.0) for row in rows]
         distance = None
         if self.theirs.values is not None:
-            distance = self._map_distance(seen, self._finish(option), option)
+            distance = self._map_distance(walk, option)
             agree.append(distance <= _EQUAL)
             distances.append(min(distance, 1.0))
         return Fit(sum(agree), len(agree), float(np.mean(distances)), distance)
 
-    def _see(self, conventions: Conventions) -> _Seen | None:
-        """What comes of a walk; None where it does not fit the model, as one unit a channel."""
-        if conventions not in self.seen:
-            try:
-                self.seen[conventions] = self._walk(conventions)
-            except ValueError:
-                self.seen[conventions] = None
-        return self.seen[conventions]
-
-    def _walk(self, conventions: Conventions) -> _Seen:
-        if not self.given:  # no points to compare: the backend is faster
-            R = self.engine.gradient(conventions)
-            return _Seen((), lambda: R, conventions)
-        walk = self.engine.walk(conventions, self.given)
-        return _Seen(tuple(map(self._row, walk.points)), walk.arrive, walk.key)
+    def _walk(self, option: _Steps) -> Walk:
+        conventions = self._conventions(option)
+        self.tried.add(conventions)
+        if self.given:
+            walk = self.engine.walk(conventions, self.given)
+            self.points = len(walk.points)
+            return walk
+        R = self.engine.gradient(conventions)  # with no points to compare, the backend is faster
+        return Walk((), {}, 0.0, lambda: R, conventions)
 
     def _row(self, point: Point) -> Row:
         """The verdict, found once for all walks that come to a value in the same way."""
@@ -434,12 +456,12 @@ class _Search:
             self.rows[point.key] = row_of(point, self.engine.dtype)
         return self.rows[point.key]
 
-    def _map_distance(self, seen: _Seen, finish: Finish, option: Sequence[Deviation]) -> float:
-        conventions = self._conventions(option)
-        key = (seen.key, conventions.swapped, finish)
+    def _map_distance(self, walk: Walk, option: _Steps) -> float:
+        conventions, finish = self._conventions(option), self._finish(option)
+        key = (walk.key, conventions.swapped, finish)
         if key not in self.distances:
             x = self.engine.input_of(conventions).astype(np.float64)
-            values = finish(x, seen.arrive(), self.method, self.engine.channel_axis)
+            values = finish(x, walk.R, self.method, self.engine.channel_axis)
             self.distances[key] = self._distance(values, finish)
         return self.distances[key]
 
@@ -452,30 +474,30 @@ class _Search:
         scale = per_sample(fitted_scale(found, expected), expected)
         return relative_distance(found, expected * scale)
 
-    def _conventions(self, option: Sequence[Deviation]) -> Conventions:
+    def _conventions(self, option: _Steps) -> Conventions:
         changes = dict(pair for deviation in option for pair in deviation.walk)
         own = {k: changes.pop(k) for k in list(changes) if k in Conventions.__dataclass_fields__}
         return Conventions(replace(self.method, **changes), **own)
 
-    def _finish(self, option: Sequence[Deviation]) -> Finish:
+    def _finish(self, option: _Steps) -> Finish:
         changes = dict(pair for deviation in option for pair in deviation.finish)
         return replace(Finish(self.method.times_input, self.method.final_threshold), **changes)
 
-    def _ties(self, option: Sequence[Deviation]) -> float:
+    def _ties(self, option: _Steps) -> float:
         conventions = self._conventions(option)
         walk = self.engine.walk(conventions, wants_near=True)
         return sensitivity(self.engine, conventions, walk)
 
     def _missing_where_plain_fits(self) -> list[Deviation]:
         """Several layers without hooks, where what leaves each layer is known."""
-        ours = self._see(Conventions(self.method))
-        names = frozenset(node.outputs[0] for node in self.engine.layers)
-        plain = self._see(Conventions(self.method, missing=names))
-        if ours is None or plain is None:
+        if not self.given:
             return []
+        names = frozenset(node.outputs[0] for node in self.engine.layers)
+        ways = (Conventions(self.method), Conventions(self.method, missing=names))
+        ours, plain = (self.engine.walk(way, self.given).points for way in ways)
         missing = frozenset(
             row.value
-            for row, other in zip(ours.rows, plain.rows, strict=True)
+            for row, other in zip(map(self._row, ours), map(self._row, plain), strict=True)
             if row.part == "R_in" and row.verdict == "different" != other.verdict
         )
         if not 1 < len(missing) < len(names):
