@@ -10,6 +10,7 @@ if find_spec("rectgrad_ref.kernels") is None:
 
 from .attribution import Attribution, Layer
 from .explainer import Explainer, explain, methods
+from .exporter import export
 from .methods import (
     Deconvolution,
     DeepLift,
@@ -41,5 +42,6 @@ __all__ = [
     "SmoothGrad",
     "__version__",
     "explain",
+    "export",
     "methods",
 ]

@@ -39,6 +39,7 @@ from . import __version__, analysis
 from .attribution import Attribution, Layer, plain
 from .errors import InvalidImage, OutputError, RectGradError, RectGradWarning, UnsupportedOperator
 from .explainer import Explainer
+from .exporter import export as write_explainer
 from .images import Layout
 from .methods import METHODS, Method, make_method
 from .methods.base import alternatives
@@ -518,6 +519,32 @@ def _show(facts: dict[str, Any], rules: Sequence[str], as_json: bool) -> None:
     )
     for note in facts.get("notes", ()):
         _tell("warning", note, "yellow")
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reporting()
+def export(
+    model: ModelFile,
+    out: Annotated[Path, typer.Option("-o", "--out", help="ONNX file to write.")],
+    method: Annotated[
+        str, typer.Option("-m", "--method", help="What the second output is.")
+    ] = "rectgrad",
+    preset: Preset = "default",
+    settings: Settings = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="H W", help="Of the pictures, where the model leaves it open."),
+    ] = None,
+    input_name: InputName = None,
+    output_name: OutputName = None,
+) -> None:
+    """Write the model with a second output, the map, as one ONNX graph of standard operators."""
+    (chosen,) = _methods([method], preset, settings or [])
+    write_explainer(model, out, method=chosen, size=size, input=input_name, output=output_name)
+    print(f"wrote {out}")
 
 
 # --- methods ------------------------------------------------------------------------------------

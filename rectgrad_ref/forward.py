@@ -211,7 +211,7 @@ class OnnxruntimeForward:
         del proto.graph.value_info[:]
         del proto.graph.output[:]
         if graph.bodies:
-            nodes = list(_written_out(proto.graph.node, graph.bodies, names + last))
+            nodes = list(with_bodies(proto.graph.node, graph.bodies, names + last))
             del proto.graph.node[:]
             proto.graph.node.extend(nodes)
         for name in names:
@@ -228,7 +228,7 @@ class OnnxruntimeForward:
         return proto.SerializeToString()
 
 
-def _written_out(
+def with_bodies(
     nodes: Iterable[onnx.NodeProto],
     bodies: Mapping[str, tuple[onnx.NodeProto, ...]],
     names: tuple[str, ...],

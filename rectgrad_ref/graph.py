@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -32,6 +32,9 @@ from .rules.registry import find_vjp
 _DECIDES_SHAPES = 64
 # Nodes of unrolled loops; nested ones multiply.
 _MOST_WRITTEN = 100_000
+# Cells of constants that are computed here, besides so many for each cell of the file's weights: a
+# few bytes can ask for any number of them.
+_MOST_FOLDED, _FOLDED_PER_WEIGHT = 2**27, 16
 _PASS_THROUGH = {
     "Flatten",
     "Reshape",
@@ -252,7 +255,7 @@ def freeze(
     image = input_spec(model, input)
     scores = output_name(model, output)
     builder = _Builder(model, image, input_shape)
-    for proto in _sorted(model, scores, image.name):
+    for proto in sorted_nodes(model, scores, image.name):
         builder.add(proto)
     graph = builder.graph(scores)
     _check_scores(graph)
@@ -271,12 +274,22 @@ class _Builder:
         self.bodies: dict[str, tuple[onnx.NodeProto, ...]] = {}
         self.written = 0
         self.constants = dict(model.initializers)
+        weights = sum(value.size for value in self.constants.values())
+        self.room = _MOST_FOLDED + _FOLDED_PER_WEIGHT * weights
         self.types = {name: _tensor_type(a.dtype, a.shape) for name, a in self.constants.items()}
         self.types[image.name] = _tensor_type(image.dtype, input_shape)
 
     def add(self, proto: onnx.NodeProto) -> None:
         """A node of the file."""
-        nodes = self._add(proto)
+        try:
+            nodes = self._add(proto)
+        except (InvalidModel, UnsupportedOperator):
+            raise
+        except DAMAGE as error:
+            raise InvalidModel(
+                f"{self.model.name}: {proto.op_type} {proto.name or key(proto)!r} is damaged: "
+                f"{error}"
+            ) from error
         if nodes != [proto]:
             self.bodies[key(proto)] = tuple(nodes)
 
@@ -303,11 +316,6 @@ class _Builder:
                 yield node
         except UnsupportedOperator as error:
             raise UnsupportedOperator(f"{self.model.name}: {error}") from error
-        except DAMAGE as error:
-            raise InvalidModel(
-                f"{self.model.name}: {proto.op_type} {proto.name or key(proto)!r} is damaged: "
-                f"{error}"
-            ) from error
 
     def _add_one(self, proto: onnx.NodeProto) -> None:
         self._infer(proto)
@@ -392,11 +400,22 @@ class _Builder:
             arguments = [self.constants[v] if v else None for v in node.inputs]
         if node.op not in OPERATORS:
             return None
+        self._require_room(node, node.output_shapes)
         try:
             result = OPERATORS[node.op].forward(node, *arguments)
         except DAMAGE as error:
             raise InvalidModel(f"{self.model.name}: {node} cannot be computed: {error}") from error
-        return result if isinstance(result, tuple) else (result,)
+        arrays = result if isinstance(result, tuple) else (result,)
+        cells = sum(array.size for array in arrays)
+        self.room += _FOLDED_PER_WEIGHT * cells if node.op == "Constant" else -cells
+        return arrays
+
+    def _require_room(self, node: Node, shapes: Collection[Shape]) -> None:
+        if any(math.prod(shape) > self.room for shape in shapes):
+            raise InvalidModel(
+                f"{self.model.name}: {node} takes or makes an array of shape "
+                f"{max(shapes, key=math.prod)}; its constants would be far larger than its weights"
+            )
 
     def _with_output_shapes(self, node: Node) -> Node:
         return replace(node, output_shapes=tuple(self._shape(v) or () for v in node.outputs))
@@ -407,6 +426,7 @@ class _Builder:
         unknown = any(self._shape(v) is None for v in node.inputs if v)
         if inferred or unknown or node.op not in OPERATORS:
             return
+        self._require_room(node, node.input_shapes)
         arguments: list[np.ndarray | None] = []
         for i, value in enumerate(node.inputs):
             if not value or value in self.constants:
@@ -488,7 +508,7 @@ def _numpy_dtype(elem_type: int) -> np.dtype[Any] | None:
     return np.dtype(helper.tensor_dtype_to_np_dtype(elem_type))
 
 
-def _sorted(model: Model, output: str, image: str) -> Iterator[onnx.NodeProto]:
+def sorted_nodes(model: Model, output: str, image: str) -> Iterator[onnx.NodeProto]:
     """The nodes that the output depends on, each after those that it reads (depth first)."""
     known = {tensor.name for tensor in model.proto.graph.initializer} | {image}
     producer: dict[str, onnx.NodeProto] = {}

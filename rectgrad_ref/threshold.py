@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from .rules.registry import primitive
+
 Percentile = Literal["tf_nearest", "numpy_nearest", "lower", "higher", "linear", "midpoint"]
 Scope = Literal["sample", "channel", "batch"]
 Strictness = Literal[">", ">="]
@@ -85,11 +87,12 @@ def percentile(scores: np.ndarray, q: float, convention: Percentile = "tf_neares
     if scores.shape[1] == 0:
         return np.zeros(scores.shape[0])
     low, high, fraction = ranks(scores.shape[1], q, convention)
-    bottom = _at(scores, low)
-    return bottom if fraction == 0 else bottom + (_at(scores, high) - bottom) * fraction
+    bottom = at_rank(scores, low)
+    return bottom if fraction == 0 else bottom + (at_rank(scores, high) - bottom) * fraction
 
 
-def _at(scores: np.ndarray, rank: int) -> np.ndarray:
+@primitive
+def at_rank(scores: np.ndarray, rank: int) -> np.ndarray:
     """The score at an ascending rank of each row, float64.
 
     Zeros of long rows are counted, not sorted: where most scores are equal, `numpy.partition` takes
@@ -119,6 +122,7 @@ def scores(kind: Score, a: np.ndarray, R: np.ndarray, eps: float = 0.0) -> np.nd
     return a if kind == "a" else R
 
 
+@primitive
 def signs(kind: Score, a: np.ndarray, R: np.ndarray, eps: float = 0.0) -> np.ndarray:
     """The signs of the exact scores: a product of two small float32 numbers can underflow to 0."""
     if kind == "|a*r|":
@@ -147,7 +151,7 @@ def exceeds(
     """
     compare = np.greater if strictness == ">" else np.greater_equal
     threshold = tau[:, None]
-    return np.where(threshold == 0, compare(sign, 0), compare(score.astype(np.float64), threshold))
+    return compare(np.where(threshold == 0, sign, score.astype(np.float64)), threshold)
 
 
 def nothing_passes(n: int, q: float, convention: Percentile, strictness: Strictness) -> bool:

@@ -37,7 +37,8 @@ def _softplus(x: Array) -> Array:
 def _erf(x: Array) -> Array:
     from scipy.special import erf
 
-    return np.asarray(erf(x))
+    result: Array = erf(x)
+    return result
 
 
 @operator("Relu", batch=elementwise)
@@ -191,7 +192,7 @@ def _d_mish(node: Node, x: Array) -> Array:
 
 
 def _d_clip(node: Node, x: Array, low: Array | None = None, high: Array | None = None) -> Array:
-    inside = np.ones(x.shape, bool)
+    inside = np.ones_like(x, dtype=bool)
     if low is not None:
         inside &= x > low
     if high is not None:

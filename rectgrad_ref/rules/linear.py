@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arithmetic import unbroadcast
-from .registry import Array, NotSamplewise, SampleAxis, leading, operator, vjp
+from .registry import Array, NotSamplewise, SampleAxis, leading, operator, primitive, vjp
 from .window import Window
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _columns(x: Array, group: int) -> Array:
 def _gather(node: Node, x: Array, weights: Array, window: Window) -> Array:
     """Σₖ Wₖ · x at offset k; weights (*kernel, G, M, C)."""
     group, padded = node["group"], window.pad(x, 0)
-    y = np.zeros((x.shape[0], *weights.shape[-3:-1], math.prod(window.output)), x.dtype)
+    y = np.zeros_like(x, shape=(x.shape[0], *weights.shape[-3:-1], math.prod(window.output)))
     for k, place in window.offsets():
         y += weights[k] @ _columns(padded[place], group)
     return y.reshape(x.shape[0], -1, *window.output)
@@ -48,7 +48,7 @@ def _scatter(node: Node, R: Array, weights: Array, window: Window) -> Array:
     """Σₖ Wₖᵀ · R added at offset k; weights (*kernel, G, M, C)."""
     group = node["group"]
     channels = group * weights.shape[-1]
-    padded = np.zeros((R.shape[0], channels, *window.padded_input), R.dtype)
+    padded = np.zeros_like(R, shape=(R.shape[0], channels, *window.padded_input))
     columns = _columns(R, group)
     for k, place in window.offsets():
         part = np.swapaxes(weights[k], -1, -2) @ columns
@@ -81,6 +81,7 @@ def conv(node: Node, X: Array, W: Array, B: Array | None = None) -> Array:
 
 
 @vjp("Conv", wrt="X")
+@primitive
 def conv_X(node: Node, R: Array, *, W: Array) -> Array:
     return _scatter(node, R, _grouped(W, node["group"]), Window.of(node))
 
@@ -102,6 +103,7 @@ def conv_B(node: Node, R: Array) -> Array:
 
 
 @vjp("ConvTranspose", wrt="X")
+@primitive
 def conv_transpose_X(node: Node, R: Array, *, W: Array) -> Array:
     return _gather(node, R, _grouped(W, node["group"]), Window.of_transpose(node))
 

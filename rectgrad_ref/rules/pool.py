@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .registry import Array, leading, operator, vjp
+from .registry import Array, leading, operator, primitive, vjp
 from .window import Window
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _max_indices(node: Node, X: Array, Y: Array, window: Window) -> Array:
 
 
 @vjp("MaxPool", wrt="X")
+@primitive
 def max_pool_X(node: Node, R: Array, *, X: Array, Y: Array) -> Array:
     """To the first maximum in row-major window order."""
     window = Window.of(node)
@@ -63,7 +64,7 @@ def max_pool_split(node: Node, R: Array, X: Array, Y: Array) -> Array:
     window = Window.of(node)
     padded = window.pad(X, -np.inf)
     places = [place for _, place in window.offsets()]
-    ties = np.zeros(R.shape, R.dtype)
+    ties = np.zeros_like(R)
     for place in places:
         ties += padded[place] == Y
     share, gradient = R / ties, np.zeros_like(padded)
@@ -79,33 +80,35 @@ def max_pool_redistribute(node: Node, R: Array, X: Array, eps: float) -> Array:
     """
     window = Window.of(node)
     count = _valid_cells(window, R.dtype)
-    average = _sum_windows(X, window) / count
-    return X * _spread(R / (average + eps) / count, window)
+    average = sum_windows(window, X) / count
+    return X * spread(window, R / (average + eps) / count)
 
 
 @operator("AveragePool", batch=leading)
 def average_pool(node: Node, X: Array) -> Array:
     window = Window.of(node)
-    return _sum_windows(X, window) / _divisor(node, window, X.dtype)
+    return sum_windows(window, X) / _divisor(node, window, X.dtype)
 
 
 @vjp("AveragePool", wrt="X")
 def average_pool_X(node: Node, R: Array) -> Array:
     window = Window.of(node)
-    return _spread(R / _divisor(node, window, R.dtype), window)
+    return spread(window, R / _divisor(node, window, R.dtype))
 
 
-def _sum_windows(x: Array, window: Window) -> Array:
+@primitive
+def sum_windows(window: Window, x: Array) -> Array:
     padded = window.pad(x, 0)
-    y = np.zeros((*x.shape[:2], *window.output), x.dtype)
+    y = np.zeros_like(x, shape=(*x.shape[:2], *window.output))
     for _, place in window.offsets():
         y += padded[place]
     return y
 
 
-def _spread(R: Array, window: Window) -> Array:
-    """The transpose of `_sum_windows`."""
-    padded = np.zeros((*R.shape[:2], *window.padded_input), R.dtype)
+@primitive
+def spread(window: Window, R: Array) -> Array:
+    """The transpose of `sum_windows`."""
+    padded = np.zeros_like(R, shape=(*R.shape[:2], *window.padded_input))
     for _, place in window.offsets():
         padded[place] += R
     return window.crop(padded)
@@ -113,7 +116,7 @@ def _spread(R: Array, window: Window) -> Array:
 
 def _valid_cells(window: Window, dtype: np.dtype) -> Array:
     """How many cells of the unpadded input each window reads, shape (1, 1, *output)."""
-    return _sum_windows(np.ones((1, 1, *window.input), dtype), window)
+    return sum_windows(window, np.ones((1, 1, *window.input), dtype))
 
 
 def _divisor(node: Node, window: Window, dtype: np.dtype) -> Array:
@@ -163,12 +166,12 @@ def global_max_pool_X(node: Node, R: Array, *, X: Array) -> Array:
 
 @operator("LpPool", batch=leading)
 def lp_pool(node: Node, X: Array) -> Array:
-    return _sum_windows(np.abs(X) ** node["p"], Window.of(node)) ** (1 / node["p"])
+    return sum_windows(Window.of(node), np.abs(X) ** node["p"]) ** (1 / node["p"])
 
 
 @vjp("LpPool", wrt="X")
 def lp_pool_X(node: Node, R: Array, *, X: Array, Y: Array) -> Array:
-    return _lp_slope(node, X) * _spread(_lp_share(node, R, Y), Window.of(node))
+    return _lp_slope(node, X) * spread(Window.of(node), _lp_share(node, R, Y))
 
 
 @operator("GlobalLpPool", batch=leading)

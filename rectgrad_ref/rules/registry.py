@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +93,24 @@ def vjp(*names: str, wrt: str, every_output: bool = False) -> Callable[..., Any]
         return function
 
     return register
+
+
+def primitive(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Let arrays of another kind do the whole function in their own way.
+
+    NumPy hands each of its functions to the arrays that it is called with, if they are not its own;
+    this does it for one of ours.
+    """
+
+    @wraps(function)
+    def dispatched(*args: Any, **named: Any) -> Array:
+        for array in args:
+            if hasattr(array, "primitive"):
+                result: Array = array.primitive(dispatched, function, args, named)
+                return result
+        return function(*args, **named)
+
+    return dispatched
 
 
 @cache

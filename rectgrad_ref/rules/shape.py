@@ -226,7 +226,7 @@ def slice_data(
     axes: Array | None,
     steps: Array | None,
 ) -> Array:
-    gradient = np.zeros(_input_shape(node), R.dtype)
+    gradient = np.zeros_like(R, shape=_input_shape(node))
     gradient[_slices(node, starts, ends, axes, steps)] = R
     return gradient
 
@@ -249,7 +249,7 @@ def gather(node: Node, data: Array, indices: Array) -> Array:
 def gather_data(node: Node, R: Array, *, indices: Array) -> Array:
     shape = _input_shape(node)
     axis = node["axis"] % len(shape)
-    gradient = np.zeros(shape, R.dtype)
+    gradient = np.zeros_like(R, shape=shape)
     np.add.at(gradient, (slice(None),) * axis + (indices,), R)
     return gradient
 
@@ -305,7 +305,7 @@ def pad_data(node: Node, R: Array, *, pads: Array, axes: Array | None) -> Array:
     for axis, width in enumerate(widths):
         if any(width):
             source = _padded(np.arange(shape[axis]), [width], node["mode"])
-            folded = np.zeros((*R.shape[:axis], shape[axis], *R.shape[axis + 1 :]), R.dtype)
+            folded = np.zeros_like(R, shape=(*R.shape[:axis], shape[axis], *R.shape[axis + 1 :]))
             index: Any = (slice(None),) * axis + (source,)
             np.add.at(folded, index, R)
             R = folded

@@ -87,7 +87,7 @@ class Window:
         """Surround the spatial axes with `value`, up to `padded_input`."""
         if self.padded_input == self.input:
             return x
-        padded = np.full((*x.shape[:2], *self.padded_input), value, x.dtype)
+        padded = np.full_like(x, value, shape=(*x.shape[:2], *self.padded_input))
         padded[self._inside] = x
         return padded
 
