@@ -98,7 +98,7 @@ def explainer_model(
 ) -> onnx.ModelProto:
     """What `export` writes."""
     source = read_model(onnx_path)
-    model = _at_least(source, OPSET)
+    model = at_least(source, OPSET)
     image, scores = input_spec(model, input), output_name(model, output)
     shape = _sized(image, size)
 
@@ -118,7 +118,7 @@ def explainer_model(
     return _assembled(source, graph, method, parts)
 
 
-def _at_least(model: Model, opset: int) -> Model:
+def at_least(model: Model, opset: int) -> Model:
     """The model in an opset that has what the backward half needs."""
     if model.opset >= opset:
         return model

@@ -10,6 +10,9 @@ import numpy as np
 
 from .tensor import FUNCTIONS, NotTraceable, Shape, Tape, Tensor, spelling
 
+# Cells of the matrix that stands for the indices of a Gather.
+_MOST_COUNTS = 2**24
+
 # By name, because scipy's `erf` is a ufunc too and need not be imported to be recognised.
 _ELEMENTWISE = {
     "add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "negative": "Neg",
@@ -256,10 +259,16 @@ FUNCTIONS[np.max] = _reduction("ReduceMax")
 FUNCTIONS[np.min] = _reduction("ReduceMin")
 
 
-@spelling(np.argmax)
-def _argmax(x: Tensor, axis: int) -> Tensor:
-    shape = [n for a, n in enumerate(x.shape) if a != axis % x.ndim]
-    return x.emit("ArgMax", shape=shape, dtype=np.int64, axis=axis % x.ndim, keepdims=0)
+def _place(op: str) -> Callable[..., Tensor]:
+    def arg(x: Tensor, axis: int) -> Tensor:
+        shape = [n for a, n in enumerate(x.shape) if a != axis % x.ndim]
+        return x.emit(op, shape=shape, dtype=np.int64, axis=axis % x.ndim, keepdims=0)
+
+    return arg
+
+
+FUNCTIONS[np.argmax] = _place("ArgMax")
+FUNCTIONS[np.argmin] = _place("ArgMin")
 
 
 @spelling(np.concatenate)
@@ -285,6 +294,12 @@ def _broadcast_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     # What is not repeated needs no naming, and may then differ from batch to batch.
     wanted = [1 if n == old else n for n, old in zip(shape, before, strict=True)]
     return x.emit("Expand", np.array(wanted, np.int64), shape=shape)
+
+
+@spelling(np.broadcast_arrays)
+def _broadcast_arrays(*arrays: Any) -> list[Any]:
+    shape = np.broadcast_shapes(*map(np.shape, arrays))
+    return [np.broadcast_to(array, shape) for array in arrays]
 
 
 @spelling(np.expand_dims)
@@ -323,6 +338,27 @@ def _swapaxes(x: Tensor, first: int, second: int) -> Tensor:
     return x.transpose(order)
 
 
+@spelling(np.moveaxis)
+def _moveaxis(x: Tensor, source: int, destination: int) -> Tensor:
+    order = [axis for axis in range(x.ndim) if axis != source % x.ndim]
+    order.insert(destination % x.ndim, source % x.ndim)
+    return x.transpose(order)
+
+
+@spelling(np.pad)
+def _pad(
+    x: Tensor, widths: Sequence[tuple[int, int]], mode: str, constant_values: float = 0
+) -> Tensor:
+    if mode != "constant":
+        raise NotTraceable(f"numpy.pad with mode {mode}")
+    return pad(x, dict(enumerate(widths)), constant_values)
+
+
+@spelling(np.clip)
+def _clip(x: Tensor, low: Any, high: Any) -> Any:
+    return np.minimum(np.maximum(x, low), high)
+
+
 @spelling(np.put_along_axis)
 def _put_along_axis(x: Tensor, indices: Tensor, values: Any, axis: int) -> None:
     shape = np.broadcast_shapes(indices.shape, np.shape(values))
@@ -337,10 +373,26 @@ def _add_at(x: Tensor, index: Any, values: Tensor) -> None:
     if x.fill != 0 or any(i != slice(None) for i in before) or isinstance(indices, Tensor):
         raise NotTraceable("numpy.add.at with indices that are computed")
     axis, places = len(before), np.asarray(indices)
+    if places.size * x.shape[axis] > _MOST_COUNTS:
+        raise NotTraceable(f"numpy.add.at with {places.size} indices")
     flat = values.reshape(*values.shape[:axis], places.size, *x.shape[axis + 1 :])
     counts = np.zeros((places.size, x.shape[axis]), x.dtype)
     np.add.at(counts, (np.arange(places.size), places.ravel()), 1)
     x.become(_swapaxes(_swapaxes(flat, axis, -1) @ counts, axis, -1))
+
+
+@spelling(np.einsum)
+def _einsum(equation: str, *operands: Any, **_: Any) -> Tensor:
+    terms, result = equation.split("->")
+    extents = {
+        letter: n
+        for term, x in zip(terms.split(","), operands, strict=True)
+        for letter, n in zip(term, np.shape(x), strict=True)
+    }
+    dtype = _dtype(operands)
+    inputs = [_typed(x, dtype) for x in operands]
+    shape = tuple(extents[letter] for letter in result)
+    return _tape(operands).emit("Einsum", inputs, (shape, dtype), equation=equation)[0]
 
 
 @spelling(np.shape)

@@ -197,6 +197,9 @@ class Tensor(NDArrayOperatorsMixin):
     def argmax(self, axis: int) -> Tensor:
         return np.argmax(self, axis=axis)
 
+    def argmin(self, axis: int) -> Tensor:
+        return np.argmin(self, axis=axis)
+
     def __getitem__(self, index: Any) -> Tensor:
         result: Tensor = FUNCTIONS[operator.getitem](self, index)
         return result
