@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,18 @@ from .bundle import Bundle
 def from_callable(
     function: Callable[[np.ndarray, np.ndarray], Any], bundle: Bundle
 ) -> dict[str, np.ndarray]:
-    """The final map of a function of NumPy arrays.
+    """What a function of NumPy arrays returns.
 
     Parameters
     ----------
     function : callable
-        Called with the images (N, …) and the class indices (N,); returns the maps, as anything
-        that `numpy.asarray` takes: a Keras or TensorFlow function's tensor, a JAX array.
+        Called with the images (N, …) and the class indices (N,); returns the maps, or a mapping of
+        names to arrays with the gradients too. Anything that `numpy.asarray` takes is an array: a
+        Keras or TensorFlow function's tensor, a JAX array.
     """
-    return {"values": np.asarray(function(bundle.inputs, bundle.target))}
+    found = function(bundle.inputs, bundle.target)
+    parts = found if isinstance(found, Mapping) else {"values": found}
+    return {name: np.asarray(part) for name, part in parts.items()}
 
 
 def from_torch(
@@ -52,8 +56,8 @@ def from_torch(
 
     Notes
     -----
-    In-place ReLUs, and modules that are used more than once, are recorded as PyTorch's hooks see
-    them; other activations are functions that no hook sees.
+    Of a module that is used more than once the last use is recorded. Activations that are functions
+    no hook sees.
     """
     import torch
 
@@ -88,19 +92,27 @@ def recorded(
     calls: dict[str, dict[str, Any]] = {}
     handles = []
 
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def forward(part: Any, inputs: Any, output: Any) -> None:
-            calls[name] = {"a": output.detach()}
+    def hooks(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+        def before(part: Any, inputs: Any) -> Any:
+            call = calls[name] = {}
+            if not inputs[0].requires_grad:
+                return None
+            # Other hooks change R at the copy, before it comes to the view.
+            z = inputs[0].view_as(inputs[0])
+            z.register_hook(partial(call.__setitem__, "R_in"))
+            return (z.clone(), *inputs[1:])
 
-        def backward(part: Any, R_in: Any, R_out: Any) -> None:
-            calls[name] |= {"R_out": R_out[0], "R_in": R_in[0]}
+        def after(part: Any, inputs: Any, output: Any) -> None:
+            calls[name]["a"] = output.detach().clone()
+            if output.requires_grad:
+                output.register_hook(partial(calls[name].__setitem__, "R_out"))
 
-        return forward, backward
+        return before, after
 
     for name, part in chosen.items():
-        forward, backward = hooks(name)
-        handles.append(part.register_forward_hook(forward))
-        handles.append(part.register_full_backward_hook(backward))
+        before, after = hooks(name)
+        handles.append(part.register_forward_pre_hook(before, prepend=True))
+        handles.append(part.register_forward_hook(after))
     found: dict[str, np.ndarray] = {}
     try:
         yield found
@@ -108,7 +120,7 @@ def recorded(
         for handle in handles:
             handle.remove()
     for name, call in calls.items():
-        found.update((f"{name}/{key}", _plain(v)) for key, v in call.items() if v is not None)
+        found.update((f"{name}/{key}", _plain(value)) for key, value in call.items())
 
 
 def _plain(tensor: Any) -> np.ndarray:

@@ -86,11 +86,198 @@ def test_hooks_are_removed_even_after_an_error(bundle: Bundle) -> None:
 
 
 def test_captum(bundle: Bundle) -> None:
-    """A Captum method is such a function."""
+    """A Captum method is such a function; what its hooks make of R is recorded."""
     attr = pytest.importorskip("captum.attr")
     made = make(
         plain(), peer.images(), method="guided_backprop", backend="reference", dtype="float32"
     )
-    method = attr.GuidedBackprop(twin(made))
-    found = from_torch(lambda x, target: method.attribute(x, target=target), made)
-    assert compare(made, found).agrees
+    net = twin(made)
+    method = attr.GuidedBackprop(net)
+    found = compare(made, from_torch(lambda x, t: method.attribute(x, target=t), made, net))
+    assert found.agrees
+    assert {row.part for row in found.rows} == {"R_out", "R_in"}
+
+
+def test_in_place_activations() -> None:
+    made = make(plain(), peer.images(), method="saliency", backend="reference", dtype="float32")
+    net = twin(made)
+    for part in (net[1], net[4], net[7]):
+        part.inplace = True
+    found = compare(made, from_torch(saliency(net), made, net))
+    assert found.agrees
+    assert len(found.rows) == 6
+
+
+def test_what_hooks_make_of_a_gradient() -> None:
+    """RectGrad by PyTorch's own hooks, which are there before the recording starts."""
+    torch = pytest.importorskip("torch")
+    made = peer.reference(padding_trick=False, final_threshold=False, times_input=False)
+    net, taken = twin(made), {}
+
+    def rectify(part: Any, R_in: Any, R_out: Any) -> Any:
+        return (torch.from_numpy(peer.rectgrad(taken[part].numpy(), R_out[0].numpy())),)
+
+    for part in (net[1], net[4], net[7]):
+        part.register_forward_hook(lambda part, x, a: taken.update({part: a.detach()}))
+        part.register_full_backward_hook(rectify)
+    found = compare(made, from_torch(saliency(net), made, net))
+    assert found.agrees
+    assert len(found.rows) == 6
+
+
+# --- Zennit ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zennit() -> Any:
+    pytest.importorskip("torch")
+    return pytest.importorskip("zennit", exc_type=ImportError)
+
+
+def attributing(net: Any, composite: Any, relevance: Any) -> Any:
+    """A Zennit attributor as such a function; `relevance` is what enters at the logits."""
+    import torch
+    from zennit.attribution import Gradient
+
+    def attribute(x: Any, target: Any) -> Any:
+        chosen = torch.nn.functional.one_hot(target, 5)
+        with Gradient(net, composite) as attributor:
+            return attributor(x, lambda output: relevance(output, chosen))[1]
+
+    return attribute
+
+
+def test_zennit_guided_backpropagation(zennit: Any) -> None:
+    from zennit.composites import GuidedBackprop
+
+    made = make(
+        plain(), peer.images(), method="guided_backprop", backend="reference", dtype="float32"
+    )
+    net = twin(made)
+    attribute = attributing(net, GuidedBackprop(), lambda output, chosen: chosen.to(output))
+    found = compare(made, from_torch(attribute, made, net))
+    assert found.agrees
+    assert {row.part for row in found.rows} == {"R_out", "R_in"}
+
+
+@pytest.mark.parametrize("scores", ["sample", "batch"])
+def test_rectgrad_as_a_zennit_rule(zennit: Any, scores: str) -> None:
+    """A hook on ReLUs, once right and once with the percentile over the batch."""
+    import torch
+    from zennit.composites import LayerMapComposite
+    from zennit.core import Hook
+
+    rule = peer.rectgrad if scores == "sample" else peer.over_the_batch
+
+    class Rectify(Hook):
+        def forward(self, module: Any, input: Any, output: Any) -> None:
+            self.stored_tensors["a"] = output
+
+        def backward(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
+            a = self.stored_tensors["a"].detach().numpy()
+            return (torch.from_numpy(rule(a, grad_output[0].numpy())),)
+
+    made = peer.reference(padding_trick=False, final_threshold=False, times_input=False)
+    net = twin(made)
+    composite = LayerMapComposite([((torch.nn.ReLU,), Rectify())])
+    attribute = attributing(net, composite, lambda output, chosen: chosen.to(output))
+    comparison = compare(made, from_torch(attribute, made, net))
+    assert comparison.agrees is (scores == "sample")
+    found = diagnose(comparison, engine_of(made))
+    assert [d.id for d in found.deviations] == ([] if scores == "sample" else ["scope=batch"])
+
+
+def test_zennit_s_epsilon_rule_is_another(zennit: Any) -> None:
+    """It divides by z + ε at linear layers, the package at activations: equal as ε → 0."""
+    import torch
+    from zennit.composites import LayerMapComposite
+    from zennit.rules import Epsilon
+
+    distances = []
+    for eps in (1e-2, 1e-8):
+        made = make(
+            plain(), peer.images(), method="epsilon_lrp", eps=eps, backend="reference",
+            dtype="float32",
+        )  # fmt: skip
+        linear = (torch.nn.Conv2d, torch.nn.Linear)
+        composite = LayerMapComposite([(linear, Epsilon(epsilon=eps))])
+        attribute = attributing(twin(made), composite, lambda output, chosen: chosen * output)
+        values = from_torch(attribute, made)["values"]
+        distances.append(np.abs(values - made.values).max() / np.abs(made.values).max())
+    assert distances[1] < 1e-4 < 1e-3 < distances[0]
+
+
+# --- Keras and TensorFlow -------------------------------------------------------------------------
+
+
+def keras_rectgrad(bundle: Bundle, rule: peer.Rule) -> Any:
+    """RectGrad at every ReLU of the network in Keras, channels last, as TensorFlow writes it."""
+    tf = pytest.importorskip("tensorflow")
+    from tensorflow import keras
+
+    taken: dict[str, Any] = {}
+
+    def relu(name: str) -> Any:
+        @tf.custom_gradient
+        def rectified(z: Any) -> Any:
+            a = tf.nn.relu(z)
+
+            def backward(R: Any) -> Any:
+                axes = (0, 3, 1, 2) if len(R.shape) == 4 else (0, 1)
+                first = [v.numpy().transpose(axes) for v in (a, R)]
+                taken[f"{name}/R_out"] = R
+                return tf.constant(rule(*first).transpose(np.argsort(axes)))
+
+            return a, backward
+
+        return keras.layers.Lambda(rectified)
+
+    w = peer.weights(bundle)
+    layers = keras.layers
+    net = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(5, 3, padding="same", name="conv1"),
+            relu("conv1.relu"),
+            layers.MaxPool2D(),
+            layers.Conv2D(6, 3, padding="same", name="conv2"),
+            relu("conv2.relu"),
+            layers.Permute((3, 1, 2)),
+            layers.Flatten(),
+            layers.Dense(30, use_bias=False, name="dense1"),
+            relu("dense1.relu"),
+            layers.Dense(5, use_bias=False, name="dense2"),
+        ]
+    )
+    for name in ("conv1", "conv2"):
+        kernel = w[f"{name}.weight"].transpose(2, 3, 1, 0)
+        net.get_layer(name).set_weights([kernel, w[f"{name}.bias"]])
+    for name in ("dense1", "dense2"):
+        net.get_layer(name).set_weights([w[f"{name}.weight"]])
+
+    def explain(images: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+        x = tf.constant(images.transpose(0, 2, 3, 1))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            scores = tf.gather(net(x), target, batch_dims=1)
+        return {"values": x * tape.gradient(scores, x), **taken}
+
+    return explain
+
+
+@pytest.mark.parametrize("what", ["map", "map and gradients"])
+def test_keras(what: str) -> None:
+    made = peer.reference(padding_trick=False, final_threshold=False)
+    explain = keras_rectgrad(made, peer.rectgrad)
+    function = explain if what != "map" else lambda *given: explain(*given)["values"]
+    found = compare(made, from_callable(function, made))
+    assert found.agrees
+    assert all(match.transposed for match in found.matches if match.name != "dense1.relu")
+    assert len(found.rows) == (0 if what == "map" else 3)
+
+
+def test_a_wrong_one_in_keras() -> None:
+    made = peer.reference(padding_trick=False, final_threshold=False)
+    found = from_callable(keras_rectgrad(made, peer.over_the_batch), made)
+    diagnosis = diagnose(compare(made, found), engine_of(made))
+    assert [deviation.id for deviation in diagnosis.deviations] == ["scope=batch"]
