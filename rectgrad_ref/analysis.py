@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import TypeVar
 
@@ -109,25 +109,41 @@ def _is_relu_n(node: Node) -> bool:
 
 def _gates(graph: Graph, value: str) -> bool:
     """Whether the value multiplies another one, directly or carried by shape operators."""
-    for node in graph.consumers.get(value, ()):
-        others = [v for v in node.inputs if v and v != value and v not in graph.constants]
-        if node.op in ("Mul", "MatMul", "Einsum") and others:
-            return True
-        carries = node.op in _CARRIERS and not (node.op in _WITH_CONSTANT and others)
-        if carries and any(_gates(graph, v) for v in node.outputs if v):
-            return True
-    return False
+
+    def others(node: Node, value: str) -> bool:
+        return any(v and v != value and v not in graph.constants for v in node.inputs)
+
+    def carried(node: Node, value: str) -> bool:
+        return not (node.op in _WITH_CONSTANT and others(node, value))
+
+    return any(
+        node.op in ("Mul", "MatMul", "Einsum") and others(node, v)
+        for node, v in _readers(graph, value, carried)
+    )
 
 
 def _caps_weights(graph: Graph, value: str) -> bool:
     """Whether a Softmax makes the value weights of another one, as in soft-capped attention."""
-    for node in graph.consumers.get(value, ()):
-        if node.op == "Softmax" and _gates(graph, node.outputs[0]):
-            return True
-        # Whatever else enters: a mask may be added.
-        if node.op in _CARRIERS and any(_caps_weights(graph, v) for v in node.outputs if v):
-            return True
-    return False
+    # Whatever else enters: a mask may be added.
+    return any(
+        node.op == "Softmax" and _gates(graph, node.outputs[0])
+        for node, _ in _readers(graph, value, lambda node, v: True)
+    )
+
+
+def _readers(
+    graph: Graph, value: str, carried: Callable[[Node, str], bool]
+) -> Iterator[tuple[Node, str]]:
+    """What reads the value, or one to which a shape operator has carried it; with what it reads."""
+    seen, ahead = {value}, [value]
+    while ahead:
+        current = ahead.pop()
+        for node in graph.consumers.get(current, ()):
+            yield node, current
+            if node.op in _CARRIERS and carried(node, current):
+                reached = [v for v in node.outputs if v and v not in seen]
+                seen.update(reached)
+                ahead += reached
 
 
 @_once

@@ -318,6 +318,8 @@ class _Builder:
             raise UnsupportedOperator(f"{self.model.name}: {error}") from error
 
     def _add_one(self, proto: onnx.NodeProto) -> None:
+        if not key(proto):
+            return  # nothing comes of it
         self._infer(proto)
         node = self._with_output_shapes(self._modernise(proto))
         array = self._fold(node)

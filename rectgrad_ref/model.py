@@ -7,6 +7,7 @@ what cannot be an ONNX classifier is refused. The graph begins in `graph.py`.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from .errors import InvalidModel
 
 ModelSource: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
 
-# What onnx and protobuf raise where a file is damaged.
+# What onnx, protobuf and NumPy raise where a file is damaged.
 DAMAGE = (
     onnx.checker.ValidationError, shape_inference.InferenceError, RuntimeError, ValueError,
-    TypeError, LookupError, ArithmeticError,
+    TypeError, LookupError, ArithmeticError, MemoryError,
 )  # fmt: skip
 
 OLDEST_OPSET = 7  # the first with NumPy broadcasting, on which every rule relies
+_MOST_DENSE = 2**27  # cells of a sparse tensor, which a file of a few bytes can have
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,19 @@ class Model:
         InvalidModel
             A tensor's data do not fit its shape or type.
         """
+        graph, name = self.proto.graph, ""
         values = {}
-        for tensor in self.proto.graph.initializer:
-            try:
-                values[tensor.name] = numpy_helper.to_array(tensor)
-            except DAMAGE as error:
-                raise InvalidModel(
-                    f"{self.name}: the initializer {tensor.name!r} is damaged: {error}"
-                ) from error
-        for sparse in self.proto.graph.sparse_initializer:
-            values[sparse.values.name] = _dense(sparse)
+        try:
+            for tensor in graph.initializer:
+                name = tensor.name
+                values[name] = numpy_helper.to_array(tensor)
+            for sparse in graph.sparse_initializer:
+                name = sparse.values.name
+                values[name] = _dense(sparse)
+        except DAMAGE as error:
+            raise InvalidModel(
+                f"{self.name}: the initializer {name!r} is damaged: {error}"
+            ) from error
         return values
 
     @cached_property
@@ -104,9 +109,8 @@ def read_model(source: ModelSource) -> Model:
     opset = _opset(proto, name)
     _load_external_data(proto, name, path.parent if path else None)
     if proto.functions:
-        from onnx.inliner import inline_local_functions
-
-        proto = inline_local_functions(proto, convert_version=True)
+        proto = _inlined(proto, name)
+    _require_text(proto.graph, name)
     for node in proto.graph.node:
         if node.domain == "ai.onnx":  # the default domain's other name
             node.domain = ""
@@ -143,6 +147,25 @@ def _decode(data: bytes, name: str) -> onnx.ModelProto:
     return proto
 
 
+def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    from onnx.inliner import inline_local_functions
+
+    try:
+        return inline_local_functions(proto, convert_version=True)
+    except DAMAGE as error:
+        raise InvalidModel(f"{name}: its functions cannot be written out: {error}") from error
+
+
+def _require_text(graph: onnx.GraphProto, name: str) -> None:
+    """Names that are no UTF-8, which protobuf hands over as bytes, are refused."""
+    values = [part.name for part in (*graph.input, *graph.output, *graph.initializer)]
+    for node in graph.node:
+        values += [node.op_type, node.domain, node.name, *node.input, *node.output]
+    damaged = next((value for value in values if not isinstance(value, str)), None)
+    if damaged is not None:
+        raise InvalidModel(f"{name}: the name {damaged!r} is not UTF-8")
+
+
 def _opset(proto: onnx.ModelProto, name: str) -> int:
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
     newest = onnx.defs.onnx_opset_version()
@@ -166,7 +189,8 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
         try:
             info = ExternalDataInfo(tensor)
             file = ((folder or Path()) / info.location).resolve()
-        except ValueError as error:
+            size = file.stat().st_size if file.is_file() else None
+        except (ValueError, TypeError, OSError) as error:
             raise InvalidModel(
                 f"{name}: the external data of {tensor.name!r} is not well described: {error}"
             ) from error
@@ -180,15 +204,15 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
                 f"{name}: the external data of {tensor.name!r} points outside the model's folder "
                 f"({info.location!r})"
             )
-        if not file.is_file():
+        if size is None:
             raise InvalidModel(
                 f"{name}: the external data file {info.location!r} of {tensor.name!r} is missing"
             )
         end = (info.offset or 0) + (info.length or 0)
-        if end > file.stat().st_size:
+        if end > size:
             raise InvalidModel(
                 f"{name}: the external data file {info.location!r} is truncated: {tensor.name!r} "
-                f"ends at byte {end}, the file at {file.stat().st_size}"
+                f"ends at byte {end}, the file at {size}"
             )
         try:
             load_external_data_for_tensor(tensor, str(folder))
@@ -223,8 +247,11 @@ def _tensors(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Tensor
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    shape = tuple(sparse.dims)
+    if math.prod(shape) > _MOST_DENSE:
+        raise ValueError(f"its shape is {shape}; up to {_MOST_DENSE} cells are supported")
     values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    index = np.unravel_index(places, dense.shape) if places.ndim == 1 else tuple(places.T)
+    dense = np.zeros(shape, values.dtype)
+    index = np.unravel_index(places, shape) if places.ndim == 1 else tuple(places.T)
     dense[index] = values
     return dense

@@ -100,16 +100,6 @@ def test_what_is_no_source() -> None:
         read_model(3)  # type: ignore[arg-type]
 
 
-def damaged(data: bytes) -> None:
-    """Reading, freezing and planning end well or in an error that says so."""
-    try:
-        read = read_model(data)
-        make_plan(freeze(read, (2, 3, 6, 6)), ())
-        input_spec(read)
-    except (InvalidModel, UnsupportedOperator):
-        pass
-
-
 CONVOLUTIONAL = """(float[N, 3, 6, 6] x) => (float[N, 4] y) {
     c = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(x, W)
     r = Relu(c)
@@ -132,15 +122,6 @@ def test_truncated_at_every_length() -> None:
     for length in range(len(data)):
         with pytest.raises(InvalidModel):
             read_model(data[:length])
-
-
-def test_damaged_bytes_never_crash() -> None:
-    data, rng = convolutional(), np.random.default_rng(0)
-    for _ in range(1500):
-        changed = bytearray(data)
-        for place in rng.integers(0, len(data), rng.integers(1, 5)):
-            changed[place] = rng.integers(256)
-        damaged(bytes(changed))
 
 
 @pytest.mark.parametrize("opset", [1, OLDEST_OPSET - 1, NEWEST + 1])

@@ -177,7 +177,12 @@ def trick_convolutions(graph: Graph, trick: PaddingTrick) -> tuple[frozenset[str
     if not trick:
         return frozenset(), []
     padded = analysis.is_tensorflow_same if trick == "same" else analysis.pads_input
-    found = [node for node in analysis.path(graph) if node.op == "Conv" and padded(graph, node)]
+    found = [
+        node
+        for node in analysis.path(graph)
+        # Of unknown shape, it has no pads yet; the plan refuses it.
+        if node.op == "Conv" and node.output_shapes[0][2:] and padded(graph, node)
+    ]
     small = [node.name for node in found if min(node.output_shapes[0][2:]) < 3]
     notes = []
     if small:

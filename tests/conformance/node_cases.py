@@ -159,6 +159,10 @@ class NodeCase:
         return (np.float64,) if largest > np.finfo(np.float32).max else (np.float64, np.float32)
 
     def graph(self) -> Graph:
+        return freeze(read_model(self.classifier()), self.image.shape)
+
+    def classifier(self) -> onnx.ModelProto:
+        """The case from one row of numbers to another."""
         model = self.test.model
         nodes, initializers, start = [], list(model.graph.initializer), 0
         zeros = {"allowzero": 1} if self.opset >= 14 else {}
@@ -194,8 +198,7 @@ class NodeCase:
         scores = helper.make_tensor_value_info("case/scores", TensorProto.FLOAT, [1, None])
         graph = helper.make_graph(nodes, "case", [image], [scores], initializers)
         imports = [helper.make_opsetid("", self.opset)]
-        proto = helper.make_model(graph, opset_imports=imports, ir_version=10)
-        return freeze(read_model(proto), (1, start + 1))
+        return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
     def check_forward(self) -> None:
         """The outputs in float64 and in float32 are the stored ones."""
