@@ -11,8 +11,8 @@ import pytest
 from helpers import NEWEST, float32, model
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from rectgrad_ref.errors import InvalidModel, UnsupportedOperator
-from rectgrad_ref.graph import freeze, input_spec
+from rectgrad_ref.errors import InvalidModel
+from rectgrad_ref.graph import freeze
 from rectgrad_ref.model import OLDEST_OPSET, read_model
 from rectgrad_ref.plan import make_plan
 
