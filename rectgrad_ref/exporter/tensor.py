@@ -42,12 +42,19 @@ class NotTraceable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A node to be: its inputs are values, by name, or constants."""
+    """A node to be: its inputs are values, by name, or constants.
+
+    Attributes
+    ----------
+    body : sequence of Record
+        Of a Loop.
+    """
 
     op: str
     inputs: tuple[str | np.ndarray, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
+    body: Sequence[Record] = ()
 
 
 @dataclass
@@ -58,10 +65,11 @@ class Tape:
     ----------
     scope : str
         In the names of the values to come: the node whose rule is at work.
+    records : list of Record
     """
 
+    scope: str
     records: list[Record] = field(default_factory=list)
-    scope: str = ""
 
     def emit(
         self,
@@ -152,6 +160,10 @@ class Tensor(NDArrayOperatorsMixin):
         """A node that reads this value and `others`; of this shape and dtype, if not told."""
         result = (self.shape if shape is None else shape, self.dtype if dtype is None else dtype)
         return self.tape.emit(op, [self, *others], result, **attributes)[0]
+
+    def on(self, tape: Tape) -> Tensor:
+        """The same value on the tape of a loop's body, which may read it."""
+        return Tensor(tape, self.name, self.shape, self.dtype)
 
     def become(self, other: Tensor) -> None:
         """What NumPy does in place: from now on this is `other`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from .. import analysis
 from ..errors import UnsupportedOperator
@@ -22,6 +23,20 @@ FLOAT32 = np.dtype(np.float32)
 # Smaller constants are arrays to the rules, which may look into them; larger ones keep their names.
 _SMALL = 1024
 
+TARGET = "target"
+ITERATION, CONDITION = "pass/iteration", "pass/condition"
+TOTAL, NEXT = "pass/total", "pass/next"  # the sum before and after a pass
+
+
+def at_baseline(name: str) -> str:
+    """The value where the image is the baseline."""
+    return f"baseline/{name}"
+
+
+def in_pass(name: str) -> str:
+    """The value at the point of a pass, of methods that take several."""
+    return f"pass/{name}"
+
 
 @dataclass
 class Trace:
@@ -29,14 +44,14 @@ class Trace:
 
     Attributes
     ----------
-    records : list of Record
+    records : sequence of Record
     attribution : str
         The value that is the map.
     finished : dict of str to str
-        Value of the graph → that of its gradient.
+        Value of the graph → that of its gradient, in the last pass.
     """
 
-    records: list[Record]
+    records: Sequence[Record]
     attribution: str
     finished: dict[str, str]
 
@@ -46,12 +61,14 @@ class _Values(Mapping[str, Tensor | np.ndarray]):
 
     Parameters
     ----------
-    baseline : bool
-        Those at the baseline, where one sample stands for all.
+    place : callable
+        Name of a value of the graph → what it is called here.
     """
 
-    def __init__(self, tape: Tape, graph: Graph, *, baseline: bool = False) -> None:
-        self.tape, self.graph, self.baseline = tape, graph, baseline
+    def __init__(
+        self, tape: Tape, graph: Graph, place: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self.tape, self.graph, self.place = tape, graph, place
         self.known: dict[str, Tensor | np.ndarray] = {}
 
     def __getitem__(self, name: str) -> Tensor | np.ndarray:
@@ -66,9 +83,8 @@ class _Values(Mapping[str, Tensor | np.ndarray]):
         if constant is not None and (constant.size < _SMALL or not is_float):
             return constant.astype(FLOAT32, copy=False) if is_float else constant
         assert shape is not None
-        place = name
-        if self.baseline and constant is None:
-            place = at_baseline(name)
+        place = self.place(name) if constant is None else name
+        if self.place is at_baseline and constant is None:  # one sample stands for all
             axis = analysis.sample_axes(graph).get(name) or 0
             shape = (*shape[:axis], 1, *shape[axis + 1 :])
         value = Tensor(self.tape, place, shape, graph.dtypes[name])
@@ -84,11 +100,6 @@ class _Values(Mapping[str, Tensor | np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.graph.shapes)
-
-
-def at_baseline(name: str) -> str:
-    """The value where the image is the baseline."""
-    return f"baseline/{name}"
 
 
 @dataclass(frozen=True)
@@ -115,44 +126,97 @@ class _Written(Rule):
             ) from error
 
 
-def trace(plan: Plan, method: Method, target: str) -> Trace:
-    """What carries out `plan`, and finishes as `method` does.
-
-    Parameters
-    ----------
-    target : str
-        The value with the class of each sample, int64 (N,); below 0, the largest score.
+def trace(plan: Plan, method: Method) -> Trace:
+    """What carries out `plan`, as often as `method` asks, and finishes as it does.
 
     Raises
     ------
     UnsupportedOperator
         A rule cannot be written as ONNX nodes.
     """
-    graph, tape, finished = plan.graph, Tape(), dict[str, str]()
+    graph, tape, finished = plan.graph, Tape("seed"), dict[str, str]()
     values = _Values(tape, graph)
+    scores: Any = values[graph.logits]
+    wanted = Tensor(tape, TARGET, (graph.batch,), np.dtype(np.int64))
+    best = scores.reshape(graph.batch, graph.classes).argmax(axis=1)
+    target: Any = np.where(wanted < 0, best, wanted)
+    once = _walked if method.walks_once else _summed
+    R = once(plan, method, values, target, finished)
+    tape.scope = "finish"
+    x: Any = values[graph.input]
+    attribution: Any = method.finish(x, R, np.arange(graph.batch))
+    return Trace(tape.records, attribution.name, finished)
+
+
+def _walked(
+    plan: Plan, method: Method, values: _Values, target: Tensor, finished: dict[str, str]
+) -> Any:
+    """R at the input, from the values of one forward pass."""
+    graph, tape = plan.graph, values.tape
+    logits: Any = values[graph.logits]
+    seed = _seed(logits.reshape(graph.batch, graph.classes), target, method.output_seed)
     steps = tuple(
         replace(step, rule=_Written(step.rule, graph, tape, finished)) for step in plan.steps
     )
-    tape.scope = "seed"
-    logits: Any = values[graph.logits]
-    seed = _seed(logits.reshape(graph.batch, graph.classes), target, method.output_seed)
     R: Any = walk(
         replace(plan, steps=steps),
         values,  # type: ignore[arg-type]
         seed.reshape(logits.shape),
-        baseline=_Values(tape, graph, baseline=True),  # type: ignore[arg-type]
+        baseline=_Values(tape, graph, at_baseline),  # type: ignore[arg-type]
     )
     finished[graph.input] = R.name
-    tape.scope = "finish"
-    attribution: Any = method.finish(values[graph.input], R, np.arange(graph.batch))  # type: ignore[arg-type]
-    return Trace(tape.records, attribution.name, finished)
+    return R
 
 
-def _seed(scores: Tensor, target: str, kind: str) -> Any:
+def _summed(
+    plan: Plan, method: Method, values: _Values, target: Tensor, finished: dict[str, str]
+) -> Any:
+    """Σₖ weight(k) · R at point(k): a loop over the passes."""
+    graph, tape = plan.graph, Tape("pass")
+    image: Any = values[graph.input]
+    points = [Tape("point") for _ in range(method.passes)]
+    keys = np.arange(graph.batch)
+    for k, point in enumerate(points):
+        x: Any = method.point(image.on(point), k, keys)
+    tape.records += per_pass([point.records for point in points])
+    kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[graph.input])
+    tape.records.append(Record("Cast", (x.name,), (in_pass(graph.input),), {"to": kind}))
+    R = _walked(plan, method, _Values(tape, graph, in_pass), target.on(tape), finished)
+    weights = np.array([method.weight(k) for k in range(method.passes)], FLOAT32)
+    iteration = Tensor(tape, ITERATION, (), np.dtype(np.int64))
+    (weight,) = tape.emit("Gather", [weights, iteration], ((), FLOAT32), axis=0)
+    total = Tensor(tape, TOTAL, image.shape, FLOAT32) + R * weight
+    tape.records.append(Record("Identity", (total.name,), (NEXT,), {}))
+    start: Any = np.zeros_like(image)
+    body = tuple(tape.records)
+    # The condition may be left out, but onnx's evaluator takes that for false.
+    inputs = (np.array(method.passes), np.array(True), start.name)
+    values.tape.records.append(Record("Loop", inputs, ("passes/R",), {}, body))
+    return Tensor(values.tape, "passes/R", image.shape, FLOAT32)
+
+
+def per_pass(passes: Sequence[Sequence[Record]]) -> list[Record]:
+    """One for all passes: a constant that differs between them is looked up in a table."""
+    records: list[Record] = []
+    for same in zip(*passes, strict=True):
+        inputs: list[str | np.ndarray] = []
+        for i, each in enumerate(zip(*(record.inputs for record in same), strict=True)):
+            if all(isinstance(v, np.ndarray) for v in each) and any(
+                not np.array_equal(v, each[0]) for v in each
+            ):
+                name = f"{same[0].outputs[0]}/{i}"
+                table = np.stack(each)
+                records.append(Record("Gather", (table, ITERATION), (name,), {"axis": 0}))
+                inputs.append(name)
+            else:
+                inputs.append(each[0])
+        records.append(replace(same[0], inputs=tuple(inputs)))
+    return records
+
+
+def _seed(scores: Tensor, target: Tensor, kind: str) -> Any:
     """What enters at the logits: see `rectgrad_ref.explainer.seed_at`."""
-    wanted = Tensor(scores.tape, target, scores.shape[:1], np.dtype(np.int64))
-    chosen: Any = np.where(wanted < 0, np.argmax(scores, axis=1), wanted)
-    here = chosen[:, None] == np.arange(scores.shape[1])
+    here = target[:, None] == np.arange(scores.shape[1])
     if kind == "one":
         return here.astype(FLOAT32)
     if kind == "logit":
