@@ -34,11 +34,15 @@ def schema(op: str, opset: int, domain: str = "") -> defs.OpSchema | None:
 
 
 def attributes(node: onnx.NodeProto, opset: int) -> dict[str, Any]:
-    """The node's attributes as Python values, with the defaults of its own opset."""
-    definition = schema(node.op_type, opset, node.domain)
+    """The node's attributes as Python values, with the defaults of its own opset.
+
+    Those that it does not have yet mean, by their default, what it did without them; but see
+    `modern`.
+    """
     values: dict[str, Any] = {}
-    if definition is not None:
-        for name, attribute in definition.attributes.items():
+    for version in (defs.onnx_opset_version(), opset):
+        definition = schema(node.op_type, version, node.domain)
+        for name, attribute in definition.attributes.items() if definition else ():
             if attribute.default_value.type != AttributeProto.UNDEFINED:
                 values[name] = _value(attribute.default_value)
     values.update({a.name: _value(a) for a in node.attribute})

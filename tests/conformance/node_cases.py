@@ -12,8 +12,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 NEWEST = defs.onnx_opset_version()
 _TAGGED = defs.OpSchema.DifferentiationCategory.Differentiable
 # Operators that ONNX renamed; the graph knows them by the new name.
-_RENAMED = {"Upsample": "Resize", "Scatter": "ScatterElements"}
+RENAMED = {"Upsample": "Resize", "Scatter": "ScatterElements"}
 _NO_KERNEL = (
     "NOT_IMPLEMENTED",
     "is under development",
     "is not a registered function/op",
     "layout_ == 0",
 )
+_GRAPHS = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
 _FLOATS = {TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE}
 _NUMBERS = _FLOATS | {
     TensorProto.BOOL, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
@@ -83,8 +85,8 @@ class NodeCase:
 
         Of an operator without either, all: the nodes for which it stands decide.
         """
-        tagged = _differentiable(self.op, self.opset)
-        op, found = _RENAMED.get(self.op, self.op), []
+        tagged = differentiable(self.op, self.opset)
+        op, found = RENAMED.get(self.op, self.op), []
         if op not in OPERATORS and not tagged:
             tagged = tuple(range(self._formals))
         for i, name in enumerate(self.node.input):
@@ -125,7 +127,7 @@ class NodeCase:
         """Why the operator may be refused: no gradient passes it, and no network needs it."""
         if self.only_integers:
             return "no floating-point output"
-        if not _differentiable(self.op, self.opset):
+        if not differentiable(self.op, self.opset):
             return "no input that ONNX tags as differentiable"
         return None
 
@@ -214,11 +216,46 @@ class NodeCase:
                 found, np.concatenate(wanted), rtol, atol, err_msg=self.test.name
             )
 
-    def check_onnxruntime(self) -> bool:
+    def earlier(self) -> Iterator[NodeCase]:
+        """The case in every earlier version of its operator that can be written in the same way.
+
+        Its outputs may be others then.
+        """
+        if any(a.type in _GRAPHS for a in self.node.attribute):
+            return  # the checker would have to be told what their nodes see
+        versions = sorted(_versions(self.op))
+        for version, following in pairwise(versions):
+            opset = following - 1
+            if version >= defs.get_schema(self.op, self.opset).since_version or opset < 7:
+                continue
+            context = onnx.checker.C.CheckerContext()
+            context.ir_version, context.opset_imports = 10, {"": opset}
+            try:
+                onnx.checker.check_node(self.node, context)
+            except onnx.checker.ValidationError:
+                continue
+            if not self._types_fit(defs.get_schema(self.op, opset)):
+                continue
+            model = onnx.ModelProto()
+            model.CopyFrom(self.test.model)
+            model.opset_import[0].version = opset
+            yield NodeCase(replace(self.test, name=f"{self.test.name}, opset {opset}", model=model))
+
+    def _types_fit(self, definition: defs.OpSchema) -> bool:
+        kinds = {v.name: v.type.tensor_type.elem_type for v in self.test.model.graph.input}
+        formals = [*definition.inputs, *[definition.inputs[-1]] * len(self.node.input)]
+        return all(
+            f"tensor({TensorProto.DataType.Name(kinds[value]).lower()})" in formal.types
+            for value, formal in zip(self.node.input, formals, strict=False)
+            if value
+        )
+
+    def check_onnxruntime(self, *, stored: bool = True) -> bool:
         """The forward pass of the backend ``cpu``.
 
-        False where onnxruntime has no such kernel, or departs from the outputs stored with the case
-        (MaxUnpool with an output shape, Resize with align_corners and scales).
+        False where onnxruntime has no such kernel or departs from the outputs stored with the case
+        (MaxUnpool with an output shape, Resize with align_corners and scales). If these are not to
+        be `stored` ones, because the opset is another: where it refuses the model.
         """
         graph = self.graph()
         x, names = self.image.astype(np.float32), [graph.logits]
@@ -226,12 +263,12 @@ class NodeCase:
         try:
             theirs = forward(graph, x, [*_inner(graph), *names])
         except InvalidModel as error:
-            if any(reason in str(error) for reason in _NO_KERNEL):
+            if not stored or any(reason in str(error) for reason in _NO_KERNEL):
                 return False
             raise
         outputs = theirs[graph.logits][0, x.size :]
         wanted = np.concatenate([np.ravel(a).astype(np.float64) for a in self.expected])
-        if not np.allclose(outputs, wanted, 1e-2, 1e-2, equal_nan=True):
+        if stored and not np.allclose(outputs, wanted, 1e-2, 1e-2, equal_nan=True):
             return False
         ours = NumpyForward(np.float32)(graph, x, list(theirs))
         for name, value in theirs.items():
@@ -296,7 +333,13 @@ def _array(value: Any) -> np.ndarray:
 
 
 @cache
-def _differentiable(op: str, opset: int) -> tuple[int, ...]:
+def _versions(op: str) -> frozenset[int]:
+    history = defs.get_all_schemas_with_history()
+    return frozenset(s.since_version for s in history if s.name == op and not s.domain)
+
+
+@cache
+def differentiable(op: str, opset: int) -> tuple[int, ...]:
     """Positions of the inputs that ONNX tags as differentiable."""
     inputs = defs.get_schema(op, opset).inputs
     return tuple(i for i, p in enumerate(inputs) if p.differentiation_category == _TAGGED)
@@ -396,7 +439,7 @@ the operator's name:"""
 
 def _how(op: str) -> str | None:
     """By what the operator is computed, if it is."""
-    if _RENAMED.get(op, op) in OPERATORS:
+    if RENAMED.get(op, op) in OPERATORS:
         return "rule"
     if op in ("If", "Loop", "Scan"):
         return "unrolled"
@@ -404,11 +447,7 @@ def _how(op: str) -> str | None:
 
 
 def _row(op: str, total: Count) -> str:
-    versions = {
-        s.since_version
-        for s in defs.get_all_schemas_with_history()
-        if s.name == op and not s.domain
-    }
+    versions = _versions(op)
     first = max((v for v in versions if v <= OLDEST_OPSET), default=0)
     opsets = ", ".join(str(v) for v in sorted(versions) if v >= first)
     fast = {"rule": "kernel" if op in LOWERED else "rule"}.get(_how(op) or "", "by node")
@@ -417,14 +456,14 @@ def _row(op: str, total: Count) -> str:
 
 
 def _differentiates(op: str) -> bool:
-    known = OPERATORS.get(_RENAMED.get(op, op))
-    return bool(known.vjps if known else _differentiable(op, NEWEST))
+    known = OPERATORS.get(RENAMED.get(op, op))
+    return bool(known.vjps if known else differentiable(op, NEWEST))
 
 
 def table() -> str:
     """docs/operators.md."""
     operators = {s.name for s in defs.get_all_schemas() if not s.domain and not s.deprecated}
-    operators |= _RENAMED.keys()  # deprecated, and still in many files
+    operators |= RENAMED.keys()  # deprecated, and still in many files
     counts = {op: count(op) if op in cases() else Count() for op in sorted(operators)}
     known = [op for op in counts if _how(op)]
     sums = {}

@@ -49,6 +49,13 @@ OLD: list[tuple[int, str, dict[str, Any]]] = [
     (16, 'h = GridSample<mode = "bicubic">(x, g)', {"g": float32(1, 3, 2, 2) / 2}),
     (12, 'h = Einsum<equation = "bchw,cd->bdhw">(x, m)', {"m": float32(4, 3)}),
     (11, "h = CumSum<reverse = 1>(x, a)", {"a": np.array(2)}),
+    (11, "h = GatherND(x, i)", {"i": np.array([[0, 2, 1, 3], [0, 0, 0, 0]])}),
+    (
+        10,
+        "h = RoiAlign<output_height = 2, output_width = 2, sampling_ratio = 2>(x, r, b)",
+        {"r": np.float32([[0, 1, 2, 3], [1, 0, 3, 2]]), "b": np.array([0, 0])},
+    ),
+    (17, "e = Exp(x)  h = ReduceLogSum<axes = [1]>(e)", {}),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import backward, float32, model
+from onnx import ModelProto
 
 from rectgrad_ref import Explainer
 from rectgrad_ref.errors import UnsupportedOperator
@@ -40,12 +41,24 @@ def test_the_gradient_passes_within_the_range() -> None:
     np.testing.assert_allclose(backward(graph, x, np.ones((2, 3))), expected, rtol=1e-6)
 
 
+OLD = model(
+    """(float[N, 4] x) => (float[N, 3] y) {
+        q = QuantizeLinear(x, scale, zero)
+        d = DequantizeLinear(q, scale, zero)
+        y = MatMul(d, W)
+    }""",
+    opset=10,  # before there was an axis
+    constants={"scale": np.float32(0.1), "zero": np.uint8(128), "W": float32(4, 3)},
+)
+
+
 @pytest.mark.filterwarnings("ignore:nothing can pass")
-def test_backends_agree() -> None:
+@pytest.mark.parametrize("proto", [PROTO, OLD])
+def test_backends_agree(proto: ModelProto) -> None:
     pytest.importorskip("onnxruntime")
     x = float32(3, 4)
     ours, theirs = (
-        Explainer(PROTO, backend=backend).explain(x, method="input_x_gradient").values
+        Explainer(proto, backend=backend).explain(x, method="input_x_gradient").values
         for backend in ("reference", "cpu")
     )
     np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
