@@ -169,13 +169,45 @@ def test_integrated_gradients(pair: Pair, rule: str) -> None:
 
 
 def test_captum_s_trapezoid_is_another(pair: Pair) -> None:
-    """Its weights sum to (n − 1)/n, at n points instead of n + 1."""
-    if any(node.op == "Concat" for node in pair.ours.graph.nodes):
-        pytest.skip("at the constant baseline, rounding chooses the maximum of every window")
+    """Its weights sum to (n − 1)/n, at n points instead of n + 1.
+
+    They include the baseline, which must not be constant here: see the next test.
+    """
+    baseline = np.random.default_rng(1).standard_normal(pair.x.shape)
     options = {"n_steps": 4, "method": "riemann_trapezoid", "internal_batch_size": 1}
-    expected = pair.captum(attr.IntegratedGradients(pair.twin), **options)
-    found = pair.explain("integrated_gradients", steps=3, rule="trapezoid")
+    peer = attr.IntegratedGradients(pair.twin)
+    expected = pair.captum(peer, baselines=torch.tensor(baseline), **options)
+    found = pair.explain("integrated_gradients", steps=3, rule="trapezoid", baseline=baseline)
     assert relative(found * 3 / 4, expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_rounding_chooses_the_maximum_in_a_constant_image(shared_data: Path) -> None:
+    """Where all cells of a window are equal but for rounding, the gradient follows the rounding.
+
+    So it differs between two programs at a constant baseline, even in float64.
+    """
+    x = np.zeros((1, 3, 227, 227))
+    pair = Pair(shared_data / "models" / "imagenet_squeezenet1.1_logits.onnx", x)
+    pools = [node for node in pair.ours.graph.nodes if node.op == "MaxPool"]
+    inputs = [node.inputs[0] for node in pools]
+    ours = pair.ours.backend.forward(pair.ours.graph, pair.x, inputs)
+    expected = pair.captum(attr.Saliency(pair.twin), abs=False)
+    theirs: list[Any] = []
+    parts = [part for part in pair.twin.modules() if isinstance(part, nn.MaxPool2d)]
+    for part in parts:
+        part.register_forward_hook(lambda part, x, y: theirs.append(x[0].detach()))
+    pair.twin(torch.tensor(pair.x))
+    differing = 0
+    for part, name, z in zip(parts, inputs, tuple(theirs), strict=True):
+        part.return_indices = True
+        _, (here, there) = zip(*(part(torch.as_tensor(v)) for v in (ours[name], z)), strict=True)
+        flat, moved = z.flatten(2), here.flatten(2) != there.flatten(2)
+        maxima = [flat.gather(2, index.flatten(2))[moved] for index in (here, there)]
+        assert torch.allclose(*maxima, rtol=1e-12, atol=0)
+        differing += int(moved.sum())
+    assert differing > 0
+    assert relative(pair.explain("saliency"), expected) > 0.1
 
 
 def test_deeplift(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
