@@ -457,6 +457,12 @@ class _Builder:
                     else "which no node, input or initializer provides"
                 )
             )
+        if definition and not definition.min_input <= len(proto.input) <= definition.max_input:
+            raise InvalidModel(
+                f"{self.model.name}: {proto.op_type} {proto.name or key(proto)!r} does not fit: it "
+                f"has {len(proto.input)} inputs, not {definition.min_input} to "
+                f"{definition.max_input}"
+            )
         types = {v: self.types[v] for v in proto.input if v}
         if definition is None or any(t.WhichOneof("value") is None for t in types.values()):
             # After an operator that onnx does not know; refused by the plan, if on the path.

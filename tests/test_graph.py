@@ -92,7 +92,13 @@ def test_broken_graphs() -> None:
     refused(f"{signature} {{ z = Relu(x) }}", 2, 3, match="'y' does not depend on the input 'x'")
     refused(f"{signature} {{ y = Identity(c) }}", 2, 3, match="does not depend", c=W)
     refused(f"{signature} {{ y = MatMul(x, c) }}", 2, 5, match="MatMul 'y' does not fit", c=W)
-    refused(f"{signature} {{ y = Relu(x, x) }}", 2, 3, match="Relu 'y' does not fit")
+    refused(
+        f"{signature} {{ y = Relu(x, x) }}",
+        2,
+        3,
+        match="Relu 'y' does not fit: it has 2 inputs, not 1 to 1",
+    )
+    refused(f"{signature} {{ u = my.Custom(x)  y = Relu(u, x) }}", 2, 3, match="2 inputs, not 1")
     refused(f"{signature} {{ y = Relu<alpha = 1.0>(x) }}", 2, 3, match="Relu 'y' does not fit")
     refused(f"{signature} {{ y = Reshape(x, s) }}", 2, 3, match="cannot bring", s=np.array([2, 5]))
 

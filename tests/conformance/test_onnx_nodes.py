@@ -22,7 +22,6 @@ def test_cases(op: str) -> None:
     assert not count(op).refused
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_onnxruntime_agrees() -> None:
     """The values that the backend ``cpu`` reads, and those inside of operators, are ours."""

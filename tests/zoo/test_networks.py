@@ -22,7 +22,7 @@ ACTIVATIONS = (
 )  # fmt: skip
 # By which exporter, and with which opset. That by tracing takes 0.1 s, that by torch.export 2 to 9.
 TRACED = [("tracing", name, network.opset) for name, network in NETWORKS.items()]
-QUICK = {"VGG", "RegNet", "MobileNetV2", "MLPMixer", "LSTM"}
+QUICK = {"RegNet", "MobileNetV2", "MLPMixer"}
 CAPTURED = [
     pytest.param("capture", name, 18 + i % 4, marks=() if name in QUICK else pytest.mark.slow)
     for i, name in enumerate(NETWORKS)
