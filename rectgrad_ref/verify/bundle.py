@@ -133,9 +133,7 @@ class Bundle:
         OutputError
             Another suffix than .npz, or the folder cannot be written to.
         """
-        destination = Path(path)
-        if destination.suffix != ".npz":
-            raise OutputError(f"cannot write {destination}: a bundle is an .npz file")
+        destination = destination_of(path)
         arrays: dict[str, Any] = {
             "provenance": np.array(json.dumps(self.provenance)),
             "inputs": self.inputs,
@@ -150,9 +148,24 @@ class Bundle:
                 arrays[f"layers/{name}/mask"] = np.packbits(layer.mask)
         if self.model is not None:
             arrays["model"] = np.frombuffer(self.model, np.uint8)
-        with atomic_write(destination) as temporary:
-            np.savez_compressed(temporary, **arrays)
+        # NumPy appends .npz to names with another suffix, .NPZ among them, but not to open files.
+        with atomic_write(destination) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
         return destination
+
+
+def destination_of(path: str | os.PathLike[str]) -> Path:
+    """Where a bundle may be written.
+
+    Raises
+    ------
+    OutputError
+        Another suffix than .npz, or there is no such folder.
+    """
+    destination = Path(path)
+    if destination.suffix.lower() != ".npz" or not destination.parent.is_dir():
+        raise OutputError(f"cannot write {destination}: give an .npz file in a folder that exists")
+    return destination
 
 
 def make(
@@ -309,7 +322,7 @@ class _Reader:
     def _check_provenance(self, found: dict[str, Any]) -> None:
         expected = {
             "model": str, "sha256": str, "method": str, "options": dict, "dtype": str,
-            "shape": list, "layers": list, "input": str, "output": str,
+            "backend": str, "forward": str, "layers": list, "input": str, "output": str,
         }  # fmt: skip
         for key, kind in expected.items():
             if not isinstance(found.get(key), kind):
@@ -322,9 +335,13 @@ class _Reader:
             _method(found)
         except (TypeError, ValueError) as error:
             raise InvalidBundle(f"{self.name}: its conventions are not known: {error}") from error
-        for shape in (found["shape"], *(_shape_of(entry) for entry in found["layers"])):
-            if not shape or not all(type(n) is int and n >= 0 for n in shape):
-                raise InvalidBundle(f"{self.name}: {shape} in its provenance is no shape")
+        if found.get("layout") not in (None, "NCHW", "NHWC"):
+            raise InvalidBundle(f"{self.name}: unknown layout {found['layout']!r}")
+        if not _is_shape(found.get("shape")):
+            raise InvalidBundle(f"{self.name}: its provenance has no 'shape'")
+        for entry in found["layers"]:
+            if not _is_layer(entry):
+                raise InvalidBundle(f"{self.name}: {entry} in its provenance is no layer")
 
     def _array(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
         if key not in self.arrays:
@@ -379,16 +396,24 @@ def _method(provenance: Mapping[str, Any]) -> Method:
     return make_method(str(provenance["method"]), "default", **options)
 
 
-def _shape_of(entry: Any) -> Any:
-    known = isinstance(entry, dict) and {"name", "shape", "operator", "tau"} <= entry.keys()
-    return entry["shape"] if known else None
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _is_layer(entry: Any) -> bool:
+    if not isinstance(entry, dict) or "tau" not in entry:
+        return False
+    texts = all(isinstance(entry.get(key), str) for key in ("name", "operator", "reads"))
+    tau = entry["tau"]
+    return texts and _is_shape(entry.get("shape")) and (tau is None or _is_shape(tau))
 
 
 def _chosen(result: Attribution, names: Sequence[str] | None) -> dict[str, Layer]:
     trace = dict(result.trace or {})
     unknown = [name for name in names or () if name not in trace]
     if unknown:
-        raise InvalidBundle(f"no layer is called {unknown[0]!r}; there are {', '.join(trace)}")
+        there = f"there are {', '.join(trace)}" if trace else f"{result.method.id} keeps none"
+        raise InvalidBundle(f"no layer is called {unknown[0]!r}; {there}")
     return {name: layer for name, layer in trace.items() if names is None or name in names}
 
 

@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..errors import OutputError
-
 app = typer.Typer(
     help="Verify another implementation of RectGrad, and this one.", no_args_is_help=True
 )
@@ -69,12 +67,11 @@ def make_bundle(
 ) -> None:
     """Explain images and write what another implementation is compared with."""
     from ..cli import _methods, _targets
-    from .bundle import make
+    from .bundle import destination_of, make
     from .report import counted
 
     with _reporting():
-        if out.suffix != ".npz" or not out.parent.is_dir():
-            raise OutputError(f"cannot write {out}: give an .npz file in a folder that exists")
+        destination_of(out)
         (chosen,) = _methods([method], preset, settings or [])
         targets: Any = [t for t in _targets(target or [], len(images)) if t is not None] or None
         bundle = make(
@@ -116,6 +113,7 @@ def compare_bundle(
     from .diagnose import diagnose
 
     with _reporting():
+        _check_page(page)
         opened = load(bundle)
         comparison = compare(opened, theirs, model)
         diagnosis = diagnose(comparison, engine_of(opened, model))
@@ -153,6 +151,7 @@ def verify_self(
 
     console = Console(stderr=True)
     with _reporting():
+        _check_page(page)
         with console.status("loading") as status:
             certificate = certify(
                 model,
@@ -180,6 +179,14 @@ def list_bundles() -> None:
 
     for path in bundle_paths():
         print(f"{path}\n    {load(path).provenance['about']}")
+
+
+def _check_page(path: Path | None) -> None:
+    """Before minutes are spent on what cannot be written."""
+    from ..cli import _check_parent
+
+    if path is not None:
+        _check_parent(path)
 
 
 def _write(path: Path, content: str) -> None:

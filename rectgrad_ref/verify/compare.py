@@ -14,7 +14,7 @@ from ..analysis import path
 from ..methods import RectGrad
 from ..model import ModelSource
 from ..rules.declared import Rectify
-from .bundle import Bundle
+from .bundle import Bundle, InvalidBundle
 from .engine import Conventions, Engine, Given, Point, Walk, tie_band
 from .theirs import Match, Place, Theirs, read_theirs
 
@@ -194,13 +194,24 @@ def engine_of(bundle: Bundle, model: ModelSource | None = None) -> Engine | None
     """The walk of the bundle's model on its images; None where the model is not known.
 
     Methods that contrast with a baseline, or sum over several points, have none.
+
+    Raises
+    ------
+    InvalidBundle
+        Another model's, or a target that is no class of it.
     """
     opened = bundle.open_model(model)
     method = bundle.method
     if opened is None or not method.walks_once or method.reference_input(bundle.inputs) is not None:
         return None
     said = bundle.provenance
-    return Engine(opened, bundle.inputs, bundle.target, input=said["input"], output=said["output"])
+    made = Engine(opened, bundle.inputs, bundle.target, input=said["input"], output=said["output"])
+    if not ((bundle.target >= 0) & (bundle.target < made.graph.classes)).all():
+        raise InvalidBundle(
+            f"{bundle.name}: its target must be classes 0 to {made.graph.classes - 1}, got "
+            f"{bundle.target.tolist()}"
+        )
+    return made
 
 
 def places(engine: Engine) -> list[Place]:

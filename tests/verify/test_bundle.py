@@ -83,6 +83,13 @@ def test_it_says_how_it_was_made(bundle: Bundle) -> None:
     assert [layer["reads"] for layer in said["layers"]] == ["conv1", "conv2", "dense1"]
 
 
+@pytest.mark.parametrize("name", ["b.npz", "b.NPZ", "b.c.Npz"])
+def test_the_file_has_the_name_that_was_given(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    bundle.save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    np.testing.assert_array_equal(load(tmp_path / name).values, bundle.values)
+
+
 def test_masks_are_packed(saved: Path, bundle: Bundle) -> None:
     arrays = read_arrays(saved)
     layer = bundle.layers["conv1.relu"]
@@ -105,6 +112,11 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     found = load(made.save(tmp_path / "b.npz"))
     assert bool(found.layers) == found.method.walks_once
     assert compare(found, found.values).agrees
+
+
+def test_a_method_without_layers() -> None:
+    with pytest.raises(InvalidBundle, match="no layer is called 'conv1.relu'; smoothgrad keeps"):
+        make(plain(), peer.images(), method="smoothgrad", layers=["conv1.relu"])
 
 
 def test_chosen_layers(tmp_path: Path) -> None:
@@ -160,7 +172,7 @@ def test_the_reference_of_a_bundle_is_that_of_explain(bundle: Bundle) -> None:
 
 
 def test_another_suffix(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"bundle is an \.npz file"):
+    with pytest.raises(OutputError, match=r"give an \.npz file"):
         bundle.save(tmp_path / "bundle.zip")
     with pytest.raises(OutputError):
         bundle.save(tmp_path / "nowhere" / "bundle.npz")
@@ -243,6 +255,9 @@ def test_a_newer_version(saved: Path) -> None:
         load(saved)
 
 
+LAYER = {"name": "a", "operator": "Relu", "reads": "z", "shape": [3, 5], "tau": [3]}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -251,9 +266,12 @@ def test_a_newer_version(saved: Path) -> None:
         ({"dtype": "float16"}, "dtype 'float16'"),
         ({"options": {"q": 150}}, "conventions are not known: rectgrad: q must lie between"),
         ({"options": {"quantile": 1}}, "conventions are not known: rectgrad has no option"),
-        ({"shape": [3, -3, 8, 8]}, "no shape"),
-        ({"shape": []}, "no shape"),
-        ({"layers": [{"name": "conv1.relu"}]}, "no shape"),
+        ({"shape": [3, -3, 8, 8]}, "no 'shape'"),
+        ({"shape": []}, "no 'shape'"),
+        ({"layout": "CHWN"}, "unknown layout 'CHWN'"),
+        ({"layers": [{"name": "conv1.relu"}]}, "is no layer"),
+        ({"layers": [{**LAYER, "shape": 3}]}, "is no layer"),
+        ({"layers": [{**LAYER, "tau": 0}]}, "is no layer"),
         ({"layers": "conv1.relu"}, "no 'layers'"),
         ({"sha256": "0" * 64}, "model inside is not the one"),
     ],

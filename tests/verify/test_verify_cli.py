@@ -209,6 +209,12 @@ def test_no_such_file() -> None:
     refused("bundle.npz", "nothing.npz", said="there is no such file")
 
 
+def test_a_target_that_is_no_class(bundle: Bundle) -> None:
+    theirs(bundle)
+    changed(target=bundle.target + 100)
+    refused("bundle.npz", "theirs.npz", said="its target must be classes 0 to 4")
+
+
 def test_an_unwritable_page(bundle: Bundle) -> None:
     theirs(bundle)
     result = run("compare", "bundle.npz", "theirs.npz", "--html", "nowhere/page.html")
@@ -246,6 +252,14 @@ def test_self_fails_with_1(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
     result = run("self", "net.onnx")
     assert result.exit_code == 1
     assert "checks fail" in result.stdout
+
+
+def test_an_unwritable_certificate(bundle: Bundle) -> None:
+    Path("net.onnx").write_bytes(bundle.model or b"")
+    result = run("self", "net.onnx", "--html", "nowhere/page.html")
+    assert result.exit_code == 2
+    assert "there is no folder nowhere" in result.stderr
+    assert "identities" not in result.stderr
 
 
 def test_self_refuses_what_is_no_model() -> None:
