@@ -115,7 +115,7 @@ def test_every_method(method: str, tmp_path: Path) -> None:
 
 
 def test_a_method_without_layers() -> None:
-    with pytest.raises(InvalidBundle, match="no layer is called 'conv1.relu'; smoothgrad keeps"):
+    with pytest.raises(InvalidBundle, match="smoothgrad keeps none"):
         make(plain(), peer.images(), method="smoothgrad", layers=["conv1.relu"])
 
 
