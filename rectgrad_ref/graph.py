@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper, shape_inference
 from . import opsets
 from .errors import InvalidModel, UnsupportedOperator
 from .expand import key, written_out
-from .model import DAMAGE, Model
+from .model import DAMAGE, MOST_WRITTEN, Model
 from .opsets import Shape
 from .patterns import fuse
 from .rules import OPERATORS
@@ -30,8 +30,6 @@ from .rules.registry import find_vjp
 
 # Constants up to this size may decide shapes (Reshape, Slice, Pad …) and are shown to inference.
 _DECIDES_SHAPES = 64
-# Nodes of unrolled loops; nested ones multiply.
-_MOST_WRITTEN = 100_000
 # Cells of constants that are computed here, besides so many for each cell of the file's weights: a
 # few bytes can ask for any number of them.
 _MOST_FOLDED, _FOLDED_PER_WEIGHT = 2**27, 16
@@ -308,10 +306,10 @@ class _Builder:
         try:
             for node in body:
                 self.written += 1
-                if self.written > _MOST_WRITTEN:
+                if self.written > MOST_WRITTEN:
                     raise UnsupportedOperator(
                         f"{proto.op_type} {proto.name or key(proto)!r}: written out, the model has "
-                        f"more than {_MOST_WRITTEN} nodes"
+                        f"more than {MOST_WRITTEN} nodes"
                     )
                 yield node
         except UnsupportedOperator as error:

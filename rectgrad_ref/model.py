@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,6 +31,9 @@ DAMAGE = (
 )  # fmt: skip
 
 OLDEST_OPSET = 7  # the first with NumPy broadcasting, on which every rule relies
+# Nodes of functions and loops written out: a few that call each other could be any number.
+MOST_WRITTEN = 30_000
+_MOST_SHARED = 16  # weights that lie in one place of an external file, on average
 _MOST_DENSE = 2**27  # cells of a sparse tensor, which a file of a few bytes can have
 
 
@@ -151,9 +155,40 @@ def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     from onnx.inliner import inline_local_functions
 
     try:
+        count = _nodes_when_inlined(proto)
+        if count > MOST_WRITTEN:
+            raise ValueError(f"that would be {count} nodes; up to {MOST_WRITTEN} are supported")
         return inline_local_functions(proto, convert_version=True)
     except DAMAGE as error:
         raise InvalidModel(f"{name}: its functions cannot be written out: {error}") from error
+
+
+def _nodes_when_inlined(proto: onnx.ModelProto) -> int:
+    """How many nodes the graph has with its functions written out, each of which may call others.
+
+    Raises
+    ------
+    graphlib.CycleError
+        They call each other in a circle.
+    """
+    called = {
+        (f.domain, f.name, f.overload): [(n.domain, n.op_type, n.overload) for n in _nodes(f)]
+        for f in proto.functions
+    }
+    counts: dict[tuple[str, str, str], int] = {}
+    order = TopologicalSorter({f: called.keys() & calls for f, calls in called.items()})
+    for function in order.static_order():
+        counts[function] = sum(counts.get(call, 1) for call in called[function])
+    return sum(counts.get((n.domain, n.op_type, n.overload), 1) for n in _nodes(proto.graph))
+
+
+def _nodes(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """Those of sub-graphs too."""
+    for node in body.node:
+        yield node
+        for attribute in node.attribute:
+            for graph in [attribute.g, *attribute.graphs]:
+                yield from _nodes(graph)
 
 
 def _require_text(graph: onnx.GraphProto, name: str) -> None:
@@ -183,6 +218,8 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
     """Bring weights stored beside the model into it, never following a path out of its folder."""
     from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
+    sizes: dict[Path, int] = {}
+    loaded = 0
     for tensor in _all_tensors(proto):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
@@ -213,6 +250,13 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
             raise InvalidModel(
                 f"{name}: the external data file {info.location!r} is truncated: {tensor.name!r} "
                 f"ends at byte {end}, the file at {size}"
+            )
+        sizes[file] = size
+        loaded += info.length or size
+        if loaded > _MOST_SHARED * sum(sizes.values()):
+            raise InvalidModel(
+                f"{name}: its weights take {loaded} bytes and more, because many lie in the same "
+                f"place of {info.location!r}"
             )
         try:
             load_external_data_for_tensor(tensor, str(folder))

@@ -182,6 +182,22 @@ def test_external_data_missing_truncated_or_misdescribed(tmp_path: Path) -> None
             read_model(external(tmp_path, **{"location": "weights.bin", **bad}))  # type: ignore[arg-type]
 
 
+def test_external_data_that_many_weights_share(tmp_path: Path) -> None:
+    """Two layers may share their weights; a file must not be multiplied by thousands of them."""
+    (tmp_path / "weights.bin").write_bytes(WEIGHTS.tobytes())
+    path = external(tmp_path, "weights.bin")
+    proto = onnx.load(path, load_external_data=False)
+    for copies in (1, 20):
+        for i in range(copies):
+            proto.graph.initializer.add().CopyFrom(proto.graph.initializer[0])
+            proto.graph.initializer[-1].name = f"W{copies}/{i}"
+        path.write_bytes(proto.SerializeToString())
+        if copies == 1:
+            assert len(read_model(path).initializers) == 2
+    with pytest.raises(InvalidModel, match=r"many lie in the same place of 'weights\.bin'"):
+        read_model(path)
+
+
 def test_external_data_needs_a_path(tmp_path: Path) -> None:
     data = external(tmp_path, "weights.bin").read_bytes()
     for source in (data, onnx.load_model_from_string(data)):

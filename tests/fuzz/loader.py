@@ -33,7 +33,7 @@ from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidModel, RectGradWarning, UnsupportedOperator
 from rectgrad_ref.methods import METHODS
 
-SECONDS = 30  # for one input
+SECONDS = 60  # for one input
 MEMORY = 3 << 30  # bytes beyond what the program itself takes
 SECRET = b"SECRETSECRETSECRET"
 LARGEST = 400_000  # bytes of a development model

@@ -325,6 +325,22 @@ def _nest(model: ModelProto, other: ModelProto, random: Random) -> None:
     _node(model, random).input.append(node.output[0])
 
 
+def _multiply(model: ModelProto, other: ModelProto, random: Random) -> None:
+    """Functions each of which calls the next one twice."""
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    depth = random.choice((2, 5, 30))
+    for i in range(depth + 1):
+        called, domain = (f"f{i + 1}", "own") if i < depth else ("Relu", "")
+        body = [
+            helper.make_node(called, [start], [end], domain=domain)
+            for start, end in (("x", "h"), ("h", "y"))
+        ]
+        model.functions.append(helper.make_function("own", f"f{i}", ["x"], ["y"], body, imports))
+    node = _node(model, random)
+    node.domain, node.op_type = "own", "f0"
+    model.opset_import.append(imports[1])
+
+
 def _recur(model: ModelProto, other: ModelProto, random: Random) -> None:
     """Functions that call themselves or each other."""
     names = ["a", "b"] if random.random() < 0.5 else ["a", "a"]
@@ -409,6 +425,6 @@ _CHANGES: tuple[Callable[[ModelProto, ModelProto, Random], None], ...] = (
     _rewire, _unwire, _remove, _double, _rename_operator, _move_domain, _change_opset,
     _retype_attribute, _rename_attribute, _change_attribute, _change_attribute, _add_attribute,
     _change_extents, _change_extents, _retype_value, _retype_tensor, _change_numbers,
-    _change_numbers, _externalise, _sparsify, _cycle, _shuffle, _borrow, _nest, _recur, _loop,
-    _blow_up, _entangle,
+    _change_numbers, _externalise, _sparsify, _cycle, _shuffle, _borrow, _nest, _multiply, _recur,
+    _loop, _blow_up, _entangle,
 )  # fmt: skip

@@ -148,5 +148,18 @@ def test_functions_that_call_themselves(calls: dict[str, str]) -> None:
         f'<ir_version: 8, opset_import: ["": {NEWEST}, "own": 1]>'
         f"g (float[N, 3] x) => (float[N, 3] y) {{ y = own.a(x) }} {functions}"
     )
-    with pytest.raises(InvalidModel, match=r"functions cannot be written out: .*recursive"):
+    with pytest.raises(InvalidModel, match=r"functions cannot be written out: .*cycle"):
+        Explainer(proto, backend="reference")
+
+
+def test_functions_that_would_be_a_million_nodes() -> None:
+    imports = f'opset_import: ["": {NEWEST}, "own": 1]'
+    functions = " ".join(
+        f'<domain: "own", {imports}> f{i} (v) => (w) {{ u = own.f{i + 1}(v)  w = own.f{i + 1}(u) }}'
+        for i in range(20)
+    )
+    last = f'<domain: "own", {imports}> f20 (v) => (w) {{ w = Relu(v) }}'
+    graph = "g (float[N, 3] x) => (float[N, 3] y) { y = own.f0(x) }"
+    proto = onnx.parser.parse_model(f"<ir_version: 8, {imports}> {graph} {functions} {last}")
+    with pytest.raises(InvalidModel, match="that would be 1048576 nodes"):
         Explainer(proto, backend="reference")
