@@ -953,8 +953,8 @@ def _add(op, arena, touched, weights, scaled, first, last):
 
 @njit(nogil=True, cache=True)
 def advance(
-    table, floats, rows, samples, arenas, touched, active, weights, csr, work, shared, member,
-    members, barrier,
+    table, floats, first, rows, samples, arenas, touched, active, weights, csr, work, shared,
+    member, members, barrier,
 ):  # fmt: skip
     """Run the table for each of `samples`, from row `rows[sample]`, as far as it goes.
 
@@ -964,11 +964,14 @@ def advance(
         Offsets into `active` are those of sample 0; sample s lies s · A_LENGTH further on, its
         baseline s · B_LENGTH.
     floats : float64 array, (operations, FLOATS)
+        The team's own: a layer's τ is much the same from sample to sample, and remembered here.
+    first : int
+        How many samples lie before these in `active`.
     rows : int64 array, (N,)
         Where each sample stands. On return: where it stopped, at a STOP, at a SCATTER with more
         nonzeros than DENSE (which it left undone, its source in a sheet), or at the end.
     samples : int64 array
-        Which samples this team runs.
+        Which of the N samples this team runs.
     arenas : float32 array, (N, floats per sample); touched : uint8 array, (N, marks per sample)
     active, weights : float32 array
     csr : tuple of arrays
@@ -980,13 +983,12 @@ def advance(
     member, members, barrier
         This thread's number, the team's size, and where it meets.
     """
-    # A layer's τ is much the same from sample to sample; this thread remembers it.
-    bound, guessed = table.copy(), floats.copy()
+    bound = table.copy()
     for sample in samples:
-        bound[:, A_OFFSET] = table[:, A_OFFSET] + sample * table[:, A_LENGTH]
-        bound[:, B_OFFSET] = table[:, B_OFFSET] + sample * table[:, B_LENGTH]
+        bound[:, A_OFFSET] = table[:, A_OFFSET] + (first + sample) * table[:, A_LENGTH]
+        bound[:, B_OFFSET] = table[:, B_OFFSET] + (first + sample) * table[:, B_LENGTH]
         stopped = _run(
-            bound, guessed, rows[sample], arenas[sample], touched[sample], active, weights, csr,
+            bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, csr,
             work, shared, member, members, barrier,
         )  # fmt: skip
         wait(barrier, members)

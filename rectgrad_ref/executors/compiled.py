@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from threading import Lock
@@ -27,7 +28,6 @@ from .cpu import (
     is_lowerable,
     lower,
     mark,
-    scatters,
 )
 from .crew import Crew, at_fork, processors
 from .dense import DenseTransposes, channels_of, parts_of
@@ -36,6 +36,8 @@ from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 # Memories that wait for the next call; more are made where more calls run at once.
 _KEPT = 2
+# Floats of one thread's arenas, so that they stay in its cache.
+_ARENAS = 2**18
 
 
 class CompiledBackend:
@@ -118,7 +120,7 @@ class CompiledRunner:
         if observe is not None:
             names += tuple(s.node.outputs[0] for s in self._layers())
         with self.backend.memory() as memory:
-            memory.fit(program, len(x))
+            memory.fit(program)
             places = _places(program.plan, program.active, memory.active)
             values = self.backend.forward(graph, x, names, places)
             table, there = program.table, NOTHING
@@ -127,14 +129,17 @@ class CompiledRunner:
                 table, there = self._contrast(program, baseline, memory)
             scores = values[graph.logits].reshape(len(x), -1)
             here = {**self.constants, **values}
-            run = _Walk(program, table, weights, self.backend, memory, here, there)
-            run.plant(seed_of(scores))
-            run.finish()
+            chunk = _Chunk(program, table, weights, self.backend, memory, here, there)
+            seed = seed_of(scores)
+            with Crew(self.backend.threads) as crew:
+                if observe is None and not program.by_rule and len(x) >= crew.size:
+                    return scores, chunk.in_turns(seed, crew)
+                walk = chunk.together(seed, crew)
             for step in self._layers() if observe is not None else ():
                 assert observe is not None
                 a = values[step.node.outputs[0]]
-                observe(step, a, run.gradient(step.node.outputs[0]), run.leaving(step))
-            return scores, run.gradient(graph.input)
+                observe(step, a, walk.gradient(step.node.outputs[0]), walk.leaving(step))
+            return scores, walk.gradient(graph.input)
 
     def _contrast(
         self, program: Program, baseline: np.ndarray, memory: Memory
@@ -166,37 +171,74 @@ def _places(plan: Plan, offsets: Mapping[str, int], active: np.ndarray) -> dict[
     return places
 
 
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """What the walks back of one chunk of samples share."""
+
+    program: Program
+    table: np.ndarray
+    weights: np.ndarray
+    backend: CompiledBackend
+    memory: Memory
+    values: Values
+    baseline: Values
+
+    def together(self, seed: np.ndarray, crew: Crew) -> _Walk:
+        """Every sample in an arena of its own, in which all that is left can be looked at."""
+        walk = _Walk(self, 0, *self.memory.arenas(self.program, len(seed)))
+        walk.plant(seed)
+        walk.finish(crew)
+        return walk
+
+    def in_turns(self, seed: np.ndarray, crew: Crew) -> np.ndarray:
+        """R at the input: each thread lets groups of samples follow each other in its arenas.
+
+        So these stay in its cache; those of a whole chunk would be cold when their turn comes.
+        """
+        graph = self.program.plan.graph
+        result = np.empty(graph.shapes[graph.input] or (), np.float32)
+        fitting = max(1, _ARENAS // self.program.arena_size)
+        group = min(fitting, -(-len(seed) // crew.size))
+        arenas, touched = self.memory.arenas(self.program, crew.size * group)
+        teams = [_Team(self, i) for i in range(crew.size)]
+        starts = iter(range(0, len(seed), group))
+
+        def work(thread: int) -> None:
+            for first in starts:  # whoever is free takes the next
+                rows = slice(first, min(first + group, len(seed)))
+                own = slice(thread * group, thread * group + rows.stop - first)
+                walk = _Walk(self, first, arenas[own], touched[own])
+                walk.plant(seed[rows])
+                teams[thread].run(walk, np.arange(len(walk.rows)), 0, 1)
+                result[rows] = walk.gradient(graph.input)
+
+        crew.map(work, range(crew.size))
+        return result
+
+
 class _Walk:
-    """One walk back for a chunk of samples."""
+    """One walk back for neighbouring samples of a chunk."""
 
     def __init__(
-        self,
-        program: Program,
-        table: np.ndarray,
-        weights: np.ndarray,
-        backend: CompiledBackend,
-        memory: Memory,
-        values: Values,
-        baseline: Values,
+        self, chunk: _Chunk, first: int, arenas: np.ndarray, touched: np.ndarray
     ) -> None:
-        self.program, self.table, self.weights = program, table, weights
-        self.backend, self.memory = backend, memory
-        self.values, self.baseline = values, baseline
-        self.samples = len(memory.arenas)
-        self.rows = np.zeros(self.samples, np.int64)
+        self.chunk, self.program, self.first = chunk, chunk.program, first
+        self.sheets = arenas, touched
+        self.rows = np.zeros(len(arenas), np.int64)
 
     def plant(self, seed: np.ndarray) -> None:
         """Put the gradient at the logits into its sheet."""
         sheet = self.program.sheets[self.program.plan.graph.logits]
+        arenas, touched = self.sheets
         offset, marks = sheet.storage.offset, sheet.storage.touched
         # The scores lie along one axis, so that they have one order, channels last or not.
-        self.memory.arenas[:, offset : offset + seed.shape[1]] = seed
-        self.memory.touched[:, marks : marks + sheet.pixels] = 1
+        arenas[:, offset : offset + seed.shape[1]] = seed
+        touched[:, marks : marks + sheet.pixels] = 1
 
-    def finish(self) -> None:
+    def finish(self, crew: Crew) -> None:
         """Run the table, and the steps that it has nothing for."""
-        while self.samples:
-            self._advance()
+        while len(self.rows):
+            self._advance(crew)
             # Every sample stops at every such step.
             row = int(self.rows[0])
             if row == len(self.program.table):
@@ -206,101 +248,100 @@ class _Walk:
 
     def gradient(self, value: str) -> np.ndarray:
         """R of a value whose sheet is still its own, in the value's shape."""
-        shape = self.program.plan.graph.shapes[value]
-        assert shape is not None
-        sheet = self.program.sheets[value]
-        return np.asarray(array_of(sheet, *self.memory.sheets, shape))
+        return self._array(self.program.sheets[value], value)
 
     def leaving(self, step: Step) -> np.ndarray:
         """R_in of a traced activation."""
         z, sheet = step.node.inputs[0], self.program.leaving.get(step.node.name)
-        if sheet is None:
-            return self.gradient(z)
-        return array_of(sheet, *self.memory.sheets, step.node.input_shapes[0])
+        return self._array(sheet or self.program.sheets[z], z)
+
+    def _array(self, sheet: Sheet, value: str) -> np.ndarray:
+        shape = self.program.plan.graph.shapes[value]
+        assert shape is not None
+        return array_of(sheet, *self.sheets, (-1, *shape[1:]))
 
     def _reference(self, step: Step) -> None:
         """A step that has no kernel, by its rule."""
         node, sheets = step.node, self.program.sheets
-        shapes, arenas, touched = self.program.plan.graph.shapes, *self.memory.sheets
-        R = tuple(array_of(sheets[v], arenas, touched, shapes[v] or ()) for v in node.outputs if v)
+        R = tuple(self.gradient(v) for v in node.outputs if v)
         for position, value in zip(step.positions, step.writes, strict=True):
-            call = Call(node, position, R, self.values, self.baseline, self.samples)
+            call = Call(node, position, R, self.chunk.values, self.chunk.baseline, len(self.rows))
             sheet = self.program.leaving.get(node.name) if position == 0 else None
-            add_array(sheet or sheets[value], arenas, touched, step.rule(call))
+            add_array(sheet or sheets[value], *self.sheets, step.rule(call))
 
-    def _advance(self) -> None:
+    def _advance(self, crew: Crew) -> None:
         """Every sample to the next step of the reference: each thread some, or one team all."""
-        everyone = np.arange(self.samples)
-        with Crew(self.backend.threads) as crew:
-            size = crew.size
-            if self.samples >= size:
-                scratches = [self.memory.scratch(i, self.program) for i in range(size)]
-                shares = np.array_split(everyone, size)
-                teams = [_Team(self, *own) for own in zip(scratches, shares, strict=True)]
-                crew.map(lambda team: team.run(0, 1), teams)
-            else:
-                team = _Team(self, self.memory.scratch(0, self.program), everyone)
-                crew.map(lambda member: team.run(member, size), range(size))
+        everyone, size = np.arange(len(self.rows)), crew.size
+        if len(everyone) >= size:
+            shares = np.array_split(everyone, size)
+            teams = [_Team(self.chunk, i) for i in range(size)]
+            crew.map(lambda i: teams[i].run(self, shares[i], 0, 1), range(size))
+        else:
+            team = _Team(self.chunk, 0)
+            crew.map(lambda member: team.run(self, everyone, member, size), range(size))
 
 
 class _Team:
     """Threads that do the same samples together, or one thread alone."""
 
-    def __init__(self, walk: _Walk, scratch: Scratch, samples: np.ndarray) -> None:
-        self.walk, self.scratch, self.samples = walk, scratch, samples
+    def __init__(self, chunk: _Chunk, number: int) -> None:
+        self.chunk = chunk
+        self.scratch = chunk.memory.scratch(number, chunk.program)
+        self.floats = chunk.program.floats.copy()
         self.errors: list[BaseException] = []
 
-    def run(self, member: int, members: int) -> None:
+    def run(self, walk: _Walk, samples: np.ndarray, member: int, members: int) -> None:
         """As far as the table goes; scatters of too many are done by dense products."""
-        rows, steps = self.walk.rows, self.walk.program.steps
-        waiting = self.samples
+        rows, table = walk.rows, self.chunk.table
+        steps, sheets = self.chunk.program.steps, self.chunk.program.sheets
+        waiting = samples
         while True:
-            self._advance(waiting, member, members)
+            self._advance(walk, waiting, member, members)
             # Samples stop at different rows, because each has nonzeros of its own. Those that are
             # behind go first, so that as many as possible meet.
-            row = int(rows[self.samples].min())
-            step = steps.get(row)
-            if step is None or not scatters(step, self.walk.samples):
+            row = int(rows[samples].min())
+            if row == len(table) or table[row, k.OP] == k.STOP:
                 return
-            waiting = self.samples[rows[self.samples] == row]
+            waiting = samples[rows[samples] == row]
             wait(self.scratch.barrier, members)  # until all have looked at the rows
             try:
-                self._dense(step, waiting, member, members)
+                self._dense(walk, steps[row], waiting, member, members)
             except BaseException as error:  # nobody may be left waiting
                 self.errors.append(error)
             wait(self.scratch.barrier, members)
             if self.errors:
                 raise self.errors[0]
             if member == 0:
-                target = self.walk.program.sheets[step.node.inputs[0]]
-                mark(target, self.walk.memory.touched, waiting)
+                mark(sheets[steps[row].node.inputs[0]], walk.sheets[1], waiting)
                 rows[waiting] += 1
             wait(self.scratch.barrier, members)
 
-    def _dense(self, step: Step, samples: np.ndarray, member: int, members: int) -> None:
+    def _dense(
+        self, walk: _Walk, step: Step, samples: np.ndarray, member: int, members: int
+    ) -> None:
         """One member's share of the channels that a dense product adds to."""
-        node, sheets, memory = step.node, self.walk.program.sheets, self.walk.memory
+        node, sheets = step.node, self.chunk.program.sheets
         parts = parts_of(node, members)
         if member >= parts:
             return
-        source, target = sheets[node.outputs[0]], sheets[node.inputs[0]]
-        R = image_of(source, *memory.sheets, samples)
+        R = image_of(sheets[node.outputs[0]], *walk.sheets, samples)
         if isinstance(step.rule, ConvTranspose) and step.rule.mask_border:
             R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
-        result = self.walk.backend.dense(node, R, member, parts)
+        result = self.chunk.backend.dense(node, R, member, parts)
         channels = slice(*channels_of(node, member, parts))
-        add_image(target, *memory.sheets, result, samples, channels)
+        add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, channels)
 
-    def _advance(self, samples: np.ndarray, member: int, members: int) -> None:
-        walk, scratch = self.walk, self.scratch
+    def _advance(self, walk: _Walk, samples: np.ndarray, member: int, members: int) -> None:
+        chunk, scratch = self.chunk, self.scratch
         k.advance(
-            walk.table,
-            walk.program.floats,
+            chunk.table,
+            self.floats,
+            walk.first,
             walk.rows,
             samples,
-            *walk.memory.sheets,
-            walk.memory.active,
-            walk.weights,
+            *walk.sheets,
+            chunk.memory.active,
+            chunk.weights,
             scratch.csr,
             scratch.work,
             scratch.shared,

@@ -61,25 +61,24 @@ class Scratch:
 
 
 class Memory:
-    """Arenas and marks of every sample, activations, and scratch of every team."""
+    """Arenas and marks, activations, and scratch of every team."""
 
     def __init__(self) -> None:
         self._arrays = _Growing()
         self._scratches: dict[int, Scratch] = defaultdict(Scratch)
 
-    def fit(self, program: Program, samples: int) -> None:
-        """Make room for so many samples of the program."""
-        take = self._arrays.take
-        arenas = take("arenas", samples * program.arena_size, np.float32)
-        touched = take("touched", samples * program.touched_size, np.uint8)
-        self.arenas = arenas.reshape(samples, program.arena_size)
-        self.touched = touched.reshape(samples, program.touched_size)
-        self.active = take("active", program.active_size, np.float32)
+    def fit(self, program: Program) -> None:
+        """Make room for the activations that the program reads."""
+        self.active = self._arrays.take("active", program.active_size, np.float32)
 
-    @property
-    def sheets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Arenas and marks."""
-        return self.arenas, self.touched
+    def arenas(self, program: Program, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Arenas and marks of so many samples."""
+        arenas = self._arrays.take("arenas", count * program.arena_size, np.float32)
+        touched = self._arrays.take("touched", count * program.touched_size, np.uint8)
+        return (
+            arenas.reshape(count, program.arena_size),
+            touched.reshape(count, program.touched_size),
+        )
 
     def scratch(self, team: int, program: Program) -> Scratch:
         """The scratch of one of the teams that are at work."""

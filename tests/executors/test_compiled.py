@@ -473,8 +473,8 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[Walk]:
     kept: list[Walk] = []
 
     class Kept(Walk):
-        def finish(self) -> None:
-            super().finish()
+        def finish(self, crew: Crew) -> None:
+            super().finish(crew)
             kept.append(self)
 
     monkeypatch.setattr(compiled, "_Walk", Kept)

@@ -104,7 +104,7 @@ def advance(
     work, shared = np.empty(max(units, 2048), np.float32), np.full(k.SHARED, np.nan)
     memory = (arenas, touched, active, weights, csr, work, shared)
     team = (members, new_barrier())
-    arguments = (*_table(table), rows, np.array(samples), *memory)
+    arguments = (*_table(table), 0, rows, np.array(samples), *memory)
     with ThreadPoolExecutor(members) as pool:
         jobs = [pool.submit(k.advance, *arguments, member, *team) for member in range(members)]
         for job in jobs:
