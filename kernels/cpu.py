@@ -53,11 +53,16 @@ BY_EPSILON, BY_DIFFERENCE = range(2)
 THRESHOLD, FINAL, FILLED, SHARED = 0, 8, 16, 24
 _SAMPLED_LEAST, _SAMPLED_MOST = 128, 1024
 _GUESSED = 0.5  # part of the last sample's τ; about twice as many units exceed it
-_ONE = np.uint64(1)
-_BINS = 256
+BINS = 256
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+# Arrays are borrowed from the caller: counting references, at each branch that a loop takes, costs
+# more than the arithmetic. What allocates is compiled without this.
+_kernel = njit(nogil=True, cache=True, _nrt=False)
+_inlined = njit(nogil=True, cache=True, _nrt=False, forceinline=True)
+
+
+@_inlined
 def _score(mode, a, r, eps):
     if mode == PASS_AR:
         return a * r
@@ -66,7 +71,7 @@ def _score(mode, a, r, eps):
     return (a + eps) * r
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _passes(mode, a, r, eps):
     """What passes without a threshold: also RectGrad at τ = 0, decided on signs."""
     if mode == PASS_ACTIVE:
@@ -82,51 +87,51 @@ def _passes(mode, a, r, eps):
     return (a + eps > 0 and r > 0) or (a + eps < 0 and r < 0)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _share(n, member, members):
     return n * member // members, n * (member + 1) // members
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _passing(mode, arena, row, active, where, eps, ceiling):
-    """Mask of the nonzero gradients among 16 that pass without a threshold."""
+@_inlined
+def _passing(mode, a, r, eps, ceiling):
+    """Mask of the nonzero gradients of a vector that pass without a threshold."""
     zero = np.float32(0)
-    mask = simd.nonzero(arena, row) & simd.below(active, where, ceiling)
+    mask = simd.differs(r, zero) & simd.below(a, ceiling)
     if mode == PASS_ACTIVE:
-        return mask & simd.above(active, where, zero)
+        return mask & simd.above(a, zero)
     if mode == PASS_POSITIVE:
-        return mask & simd.above(arena, row, zero)
+        return mask & simd.above(r, zero)
     if mode == PASS_BOTH:
-        return mask & simd.above(active, where, zero) & simd.above(arena, row, zero)
+        return mask & simd.above(a, zero) & simd.above(r, zero)
     if mode == PASS_ABS_AR:
-        return mask & simd.nonzero(active, where)
+        return mask & simd.differs(a, zero)
     level = -eps if mode == PASS_A_EPS_R else zero
-    up = simd.above(active, where, level) & simd.above(arena, row, zero)
-    down = simd.below(active, where, level) & simd.below(arena, row, zero)
+    up = simd.above(a, level) & simd.above(r, zero)
+    down = simd.below(a, level) & simd.below(r, zero)
     return mask & (up | down)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _emit(mask, first, arena, row, end, channels, values):
-    """Append the lanes of a mask, the channels from `first` on; returns the new end."""
-    while mask:
-        c = first + simd.lowest(mask)
-        channels[end] = c
-        values[end] = arena[row + c]
-        end += 1
-        mask &= mask - _ONE
-    return end
+@_inlined
+def _emit(first, r, mask, end, channels, values):
+    """Append the lanes of a mask, the channels from `first` on; returns the new end.
+
+    What is written behind them is nothing yet: each vector has sixteen places of its own.
+    """
+    simd.append(channels, end, simd.numbers_from(first), mask)
+    simd.append(values, end, r, mask)
+    return end + simd.lanes_in(mask)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _emit_passing(
     arena, row, active, where, width, mode, eps, ceiling, end, channels, values
 ):  # fmt: skip
     """Append the nonzero gradients that pass without a threshold; returns the new end."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
-        mask = _passing(mode, arena, row + c, active, where + c, eps, ceiling)
-        end = _emit(mask, c, arena, row, end, channels, values)
+        r = simd.load(arena, row + c)
+        mask = _passing(mode, simd.load(active, where + c), r, eps, ceiling)
+        end = _emit(c, r, mask, end, channels, values)
     for c in range(blocks, width):
         r, a = arena[row + c], active[where + c]
         if r != 0 and a < ceiling and _passes(mode, a, r, eps):
@@ -136,32 +141,34 @@ def _emit_passing(
     return end
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _keep_passing(arena, row, active, where, width, mode, eps, ceiling):
     """Clear the gradients that do not pass without a threshold."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
-        mask = _passing(mode, arena, row + c, active, where + c, eps, ceiling)
-        simd.keep(arena, row + c, mask)
+        r = simd.load(arena, row + c)
+        mask = _passing(mode, simd.load(active, where + c), r, eps, ceiling)
+        simd.store(arena, row + c, simd.keep(r, mask))
     for c in range(blocks, width):
         a = active[where + c]
         if not (a < ceiling and _passes(mode, a, arena[row + c], eps)):
             arena[row + c] = 0
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _count_passing(arena, row, active, where, width, mode, eps, ceiling):
     """How many nonzero gradients pass without a threshold."""
     blocks, n = width - width % simd.LANES, 0
     for c in range(0, blocks, simd.LANES):
-        n += simd.lanes_in(_passing(mode, arena, row + c, active, where + c, eps, ceiling))
+        a, r = simd.load(active, where + c), simd.load(arena, row + c)
+        n += simd.lanes_in(_passing(mode, a, r, eps, ceiling))
     for c in range(blocks, width):
         r, a = arena[row + c], active[where + c]
         n += r != 0 and a < ceiling and _passes(mode, a, r, eps)
     return n
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _emit_above(
     arena, row, active, where, width, mode, eps, bound, end, channels, values, scores
 ):  # fmt: skip
@@ -169,16 +176,13 @@ def _emit_above(
     shift = eps if mode == PASS_A_EPS_R else np.float32(0)
     sign = np.uint32(0x7FFFFFFF if mode == PASS_ABS_AR else 0xFFFFFFFF)
     blocks = width - width % simd.LANES
-    for first in range(0, blocks, simd.LANES):
-        mask = simd.score_above(active, where + first, arena, row + first, shift, sign, bound)
-        while mask:
-            c = first + simd.lowest(mask)
-            r = arena[row + c]
-            channels[end] = c
-            values[end] = r
-            scores[end] = _score(mode, active[where + c], r, eps)
-            end += 1
-            mask &= mask - _ONE
+    for c in range(0, blocks, simd.LANES):
+        r = simd.load(arena, row + c)
+        score = simd.score(simd.load(active, where + c), r, shift, sign)
+        mask = simd.above(score, bound)
+        if mask:
+            simd.append(scores, end, score, mask)
+            end = _emit(c, r, mask, end, channels, values)
     for c in range(blocks, width):
         r = arena[row + c]
         s = _score(mode, active[where + c], r, eps)
@@ -199,27 +203,26 @@ def _extremes(values, n):
     return low, high
 
 
-@njit(nogil=True, cache=True)
-def nth_largest(values, k):
-    """The k-th largest (0-based) of `values`, which are overwritten.
+@_kernel
+def nth_largest(values, k, counts):
+    """The k-th largest (0-based) of `values`, which are overwritten, as are the BINS `counts`.
 
     Histograms narrow the choice down until a bin is small; then quickselect. All are numbers.
     """
     n = values.size
-    counts = np.empty(_BINS, np.int64)
-    while n > 4 * _BINS:
+    while n > 4 * BINS:
         low, high = _extremes(values, n)
         span = high - low
         if not (span > 0 and span < np.inf):
             break
-        scale = np.float32(_BINS - 1) / span
+        scale = np.float32(BINS - 1) / span
         if not scale < np.inf:
             break
         counts[:] = 0
         # Rounding is monotonic, and so is the bin of a value.
         for i in range(n):
             counts[int((values[i] - low) * scale)] += 1
-        bin_, above = _BINS - 1, 0
+        bin_, above = BINS - 1, 0
         while above + counts[bin_] <= k:
             above += counts[bin_]
             bin_ -= 1
@@ -234,7 +237,7 @@ def nth_largest(values, k):
     return _quickselect(values, n, k)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _quickselect(values, n, k):
     """The k-th largest of the first `n`, by three-way partitions."""
     low, high = 0, n - 1
@@ -264,8 +267,8 @@ def _quickselect(values, n, k):
     return values[low]
 
 
-@njit(nogil=True, cache=True)
-def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
+@_kernel
+def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, counts, found):
     """A score that, by a sample, somewhat more than `rank` units exceed; at least 0.
 
     Pixels that nothing has touched score 0, so that only the others, listed in `found`, are asked.
@@ -287,10 +290,10 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
     wanted = int(expected + 4 * np.sqrt(expected) + 4)
     if wanted >= taken:
         return np.float32(0)
-    return max(nth_largest(work[:taken], wanted), np.float32(0))
+    return max(nth_largest(work[:taken], wanted, counts), np.float32(0))
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _all_scores(op, arena, touched, active, mode, eps, work):
     """The scores of all units, 0 where one is no number; returns how many there are."""
     width, n = op[S_C], 0
@@ -305,7 +308,7 @@ def _all_scores(op, arena, touched, active, mode, eps, work):
     return n
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr):
     """Collect units of the pixels first … last; bound < 0 stands for "whatever passes"."""
     begins, ends, channels, values, scores = csr
@@ -338,7 +341,7 @@ def _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, cs
         ends[p] = end
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _filter(op, first, last, active, tau, ceiling, csr):
     """Keep the collected units whose score is above τ and whose activation is below the ceiling."""
     begins, ends, channels, values, scores = csr
@@ -356,7 +359,7 @@ def _filter(op, first, last, active, tau, ceiling, csr):
         ends[p] = np.int64(at)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _collected(op, csr, members, work):
     """Copy the scores of all candidates together; returns how many there are."""
     _, ends, _, _, scores = csr
@@ -365,13 +368,13 @@ def _collected(op, csr, members, work):
         # What one member has found lies without a gap.
         first, last = _share(op[S_H] * op[S_W], member, members)
         if first < last:
-            begin, end = first * op[S_C], ends[last - 1]
-            work[n : n + end - begin] = scores[begin:end]
-            n += end - begin
+            for i in range(first * op[S_C], ends[last - 1]):
+                work[n] = scores[i]
+                n += 1
     return n
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _negatives(op, first, last, arena, touched, active, mode, eps):
     count = 0
     for p in range(first, last):
@@ -383,14 +386,14 @@ def _negatives(op, first, last, arena, touched, active, mode, eps):
     return count
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _between(lower, upper, fraction):
     """The interpolated percentile, in double precision from the rounded scores."""
     bottom, top = np.float64(lower), np.float64(upper)
     return bottom if fraction == 0 else bottom + (top - bottom) * fraction
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, members, barrier):
     """τ of this layer, after which the candidates in `csr` include every unit above it.
 
@@ -398,6 +401,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
     of all units decides. The candidates exceed a guess, or what a sample says: both only decide how
     many there are.
     """
+    work, counts = work
     mode, eps = op[MODE], np.float32(floats[EPS])
     low, high = op[RANK_LOW], op[RANK_HIGH]
     pixels = op[S_H] * op[S_W]
@@ -406,7 +410,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
     if bound == 0:
         if member == 0:
             shared[THRESHOLD] = _sampled_bound(
-                op, arena, touched, active, mode, eps, low, work, csr[0]
+                op, arena, touched, active, mode, eps, low, work, counts, csr[0]
             )
         wait(barrier, members)
         bound = np.float32(shared[THRESHOLD])
@@ -417,13 +421,15 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
             found = _collected(op, csr, members, work)
             shared[FINAL] = 1
             if found > low:
-                upper = lower = nth_largest(work[:found], high)
+                upper = lower = nth_largest(work[:found], high, counts)
                 if low != high:
                     _collected(op, csr, members, work)
-                    lower = nth_largest(work[:found], low)
+                    lower = nth_largest(work[:found], low, counts)
                 shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
             elif bound > 0:
-                less = _sampled_bound(op, arena, touched, active, mode, eps, low, work, csr[0])
+                less = _sampled_bound(
+                    op, arena, touched, active, mode, eps, low, work, counts, csr[0]
+                )
                 shared[THRESHOLD] = less if less < bound else np.float32(0)
                 shared[FINAL] = 0
             else:
@@ -433,10 +439,10 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
                     shared[THRESHOLD] = 0
                 else:
                     _all_scores(op, arena, touched, active, mode, eps, work)
-                    upper = lower = nth_largest(work[:n], high)
+                    upper = lower = nth_largest(work[:n], high, counts)
                     if low != high:
                         _all_scores(op, arena, touched, active, mode, eps, work)
-                        lower = nth_largest(work[:n], low)
+                        lower = nth_largest(work[:n], low, counts)
                     shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
         wait(barrier, members)
         done, bound = shared[FINAL] == 1, np.float32(shared[THRESHOLD])
@@ -446,7 +452,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
             return tau
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, tau, csr):
     """τ < 0: units of zero score pass as well, so every touched unit is compared."""
     begins, ends, channels, values, _ = csr
@@ -466,7 +472,7 @@ def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, 
         ends[p] = end
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _on_border(op, p):
     """Whether the padding trick is on and the pixel is the first or last of a spatial axis."""
     if not op[BORDER]:
@@ -475,7 +481,7 @@ def _on_border(op, p):
     return not (0 < y < op[S_H] - 1 and 0 < x < op[S_W] - 1)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _clear_border(op, csr, first, last):
     begins, ends = csr[0], csr[1]
     for p in range(first, last):
@@ -483,7 +489,7 @@ def _clear_border(op, csr, first, last):
             ends[p] = begins[p]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _count_inside(op, csr, first, last):
     """How many nonzeros are not on the border."""
     begins, ends, n = csr[0], csr[1], 0
@@ -493,7 +499,7 @@ def _count_inside(op, csr, first, last):
     return n
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _activate(op, floats, arena, touched, active, csr, work, shared, member, members, barrier):
     """Collect what passes the activation; or, too much for a scatter, leave it in the sheet."""
     if member == 0:
@@ -527,7 +533,7 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
     wait(barrier, members)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, barrier):
     """Whether at most DENSE units pass without a threshold; if not, the others are cleared."""
     first, last = _share(op[S_H] * op[S_W], member, members)
@@ -545,7 +551,7 @@ def _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, b
     return False
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _fill(op, arena, touched, p):
     """Make sure that row `p` of the source's storage holds numbers.
 
@@ -557,17 +563,17 @@ def _fill(op, arena, touched, p):
         touched[op[S_TOUCHED] + p] = 1
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _count_nonzero(arena, row, width):
     blocks, n = width - width % simd.LANES, 0
     for c in range(0, blocks, simd.LANES):
-        n += simd.lanes_in(simd.nonzero(arena, row + c))
+        n += simd.lanes_in(simd.differs(simd.load(arena, row + c), np.float32(0)))
     for c in range(blocks, width):
         n += arena[row + c] != 0
     return n
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _compact(op, arena, touched, csr, shared, member, members, barrier):
     """A sheet's nonzeros by pixel; or, too many for a scatter, leave them where they are."""
     begins, ends, channels, values, _ = csr
@@ -589,8 +595,8 @@ def _compact(op, arena, touched, csr, shared, member, members, barrier):
         if touched[op[S_TOUCHED] + p]:
             row = op[S_OFFSET] + p * op[S_STRIDE]
             for c in range(0, blocks, simd.LANES):
-                mask = simd.nonzero(arena, row + c)
-                end = _emit(mask, c, arena, row, end, channels, values)
+                r = simd.load(arena, row + c)
+                end = _emit(c, r, simd.differs(r, np.float32(0)), end, channels, values)
             for c in range(blocks, width):
                 if arena[row + c] != 0:
                     channels[end] = c
@@ -600,7 +606,7 @@ def _compact(op, arena, touched, csr, shared, member, members, barrier):
     wait(barrier, members)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _touch(op, arena, touched, p):
     """Make sure that the target's row `p` holds numbers: whoever comes first clears it."""
     if not touched[op[T_TOUCHED] + p]:
@@ -609,7 +615,7 @@ def _touch(op, arena, touched, p):
         touched[op[T_TOUCHED] + p] = 1
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _add_rows(out, at, weights, start, size, per_filter, channels, values, begin, end):
     """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end."""
     j = 0
@@ -633,7 +639,7 @@ def _add_rows(out, at, weights, start, size, per_filter, channels, values, begin
         j += 1
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _kernel_range(origin, dilation, kernel, extent):
     """Kernel offsets i with 0 ≤ origin + i·dilation < extent."""
     if dilation == 1:
@@ -644,13 +650,13 @@ def _kernel_range(origin, dilation, kernel, extent):
     return first, max(first, last)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _rows_within(op, top, row_first, row_last):
     """Kernel offsets that lead from `top` to the target's rows row_first … row_last."""
     return _kernel_range(top - row_first, op[DH], op[KH], row_last - row_first)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last):
     """Add to the target's rows row_first … row_last and channels c_first … c_last.
 
@@ -698,7 +704,7 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
                     )
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _scatter_grouped(op, arena, weights, csr, touched, row_first, row_last):
     """Grouped and depthwise convolutions: every nonzero reaches its own group's channels only."""
     begins, ends, channels, values, _ = csr
@@ -726,7 +732,7 @@ def _scatter_grouped(op, arena, weights, csr, touched, row_first, row_last):
                             arena[to + c] += values[k] * weights[w + c]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _scatter(op, arena, touched, weights, csr, member, members, barrier):
     """A convolution's transpose from the nonzeros of its output's gradient."""
     if op[GROUP] > 1:
@@ -752,7 +758,7 @@ def _scatter(op, arena, touched, weights, csr, member, members, barrier):
     wait(barrier, members)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _clear_reached(op, arena, touched, csr, c_first, c_last):
     """Clear this thread's channels in every row that the scatter will reach."""
     for y in range(op[S_H]):
@@ -771,7 +777,7 @@ def _clear_reached(op, arena, touched, csr, c_first, c_last):
                         arena[start + c_first : start + c_last] = 0
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _mark_reached(op, touched, csr):
     for y in range(op[S_H]):
         for x in range(op[S_W]):
@@ -787,7 +793,7 @@ def _mark_reached(op, touched, csr):
                     touched[op[T_TOUCHED] + q] = 1
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _ratio(op, floats, arena, touched, active, first, last):
     """Multiply a sheet by a ratio at a Relu, of which the activations are the inputs."""
     width, eps = op[S_C], np.float32(floats[EPS])
@@ -809,12 +815,12 @@ def _ratio(op, floats, arena, touched, active, first, last):
                 r[c] *= da / (dz if large else np.float32(1)) if large else half_way
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@_inlined
 def _relu(z):
     return z if z > 0 else np.float32(0)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _store(op, arena, touched, csr, first, last):
     """Add a list of nonzeros to a sheet of the same pixels."""
     begins, ends, channels, values, _ = csr
@@ -827,7 +833,7 @@ def _store(op, arena, touched, csr, first, last):
             arena[at + channels[i]] += values[i]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _max_pool(op, arena, touched, active, row_first, row_last):
     """To the first maximum in row-major window order, of the channels C_FIRST … C_LAST.
 
@@ -835,7 +841,7 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
     table for each part, and the concatenation itself is never needed.
     """
     width = op[C_LAST] - op[C_FIRST]
-    best, winner = np.empty(width, np.float32), np.empty(width, np.int32)
+    blocks = width - width % simd.LANES
     for y in range(op[S_H]):
         top = y * op[SH] - op[TOP]
         own_first, own_last = _rows_within(op, top, row_first, row_last)
@@ -845,50 +851,59 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
             p, left = y * op[S_W] + x, x * op[SW] - op[LEFT]
             if not touched[op[S_TOUCHED] + p]:
                 continue
-            _find_winners(op, active, top, left, best, winner)
-            source = op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST]
-            r = arena[source : source + width]
-            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-            for i in range(own_first, own_last):
-                for j in range(j_first, j_last):
-                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    _add_winners(op, arena, touched, q, r, winner)
+            for c in range(0, blocks, simd.LANES):
+                _pool_vector(op, arena, touched, active, p, top, left, own_first, own_last, c)
+            for c in range(blocks, width):
+                _pool_unit(op, arena, touched, active, p, top, left, own_first, own_last, c)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _find_winners(op, active, top, left, best, winner):
-    """The target pixel of every channel's first maximum in one window."""
+@_inlined
+def _pool_vector(op, arena, touched, active, p, top, left, own_first, own_last, c):
+    """Sixteen channels of one window."""
+    r = simd.load(arena, op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST] + c)
+    waiting = simd.differs(r, np.float32(0))
+    if not waiting:
+        return
     i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
     j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-    best[:] = -np.inf
-    winner[:] = (top + i_first * op[DH]) * op[T_W] + left + j_first * op[DW]
+    best = simd.splat(np.float32(-np.inf))
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
             q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-            where = op[A_OFFSET] + q * op[A_STRIDE]
-            a = active[where : where + best.size]
-            for c in range(best.size):
-                larger = a[c] > best[c]
-                best[c] = a[c] if larger else best[c]
-                winner[c] = np.int32(q) if larger else winner[c]
+            best = simd.larger(simd.load(active, op[A_OFFSET] + q * op[A_STRIDE] + c), best)
+    for i in range(i_first, i_last):
+        for j in range(j_first, j_last):
+            q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+            a = simd.load(active, op[A_OFFSET] + q * op[A_STRIDE] + c)
+            wins = waiting & simd.equals(a, best)
+            waiting ^= wins
+            if wins and own_first <= i < own_last:
+                _touch(op, arena, touched, q)
+                at = op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST] + c
+                simd.store(arena, at, simd.add(simd.load(arena, at), simd.keep(r, wins)))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _add_winners(op, arena, touched, q, r, winner):
-    """Add the gradients of the channels whose maximum is at the target's pixel `q`."""
-    wins = 0
-    for c in range(r.size):
-        wins |= (winner[c] == q) & (r[c] != 0)
-    if not wins:
+@_inlined
+def _pool_unit(op, arena, touched, active, p, top, left, own_first, own_last, c):
+    """One channel of one window."""
+    r = arena[op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST] + c]
+    if r == 0:
         return
-    _touch(op, arena, touched, q)
-    at = op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST]
-    out = arena[at : at + r.size]
-    for c in range(r.size):
-        out[c] += r[c] if winner[c] == q else np.float32(0)
+    i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
+    j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+    best, row, winner = np.float32(-np.inf), -1, -1
+    for i in range(i_first, i_last):
+        for j in range(j_first, j_last):
+            q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
+            a = active[op[A_OFFSET] + q * op[A_STRIDE] + c]
+            if a > best or (winner < 0 and a == best):
+                best, row, winner = a, i, q
+    if own_first <= row < own_last:
+        _touch(op, arena, touched, winner)
+        arena[op[T_OFFSET] + winner * op[T_STRIDE] + op[C_FIRST] + c] += r
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _divisor(op, top, left, i_count, j_count):
     """Cells that an average counts, with the padding where COUNT_PAD is set.
 
@@ -901,11 +916,11 @@ def _divisor(op, top, left, i_count, j_count):
     return (i_last - i_first) * (j_last - j_first)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _average_pool(op, arena, touched, row_first, row_last):
     """To all cells of the window alike."""
     width = op[T_C]
-    share = np.empty(width, np.float32)
+    blocks = width - width % simd.LANES
     for y in range(op[S_H]):
         top = y * op[SH] - op[TOP]
         own_first, own_last = _rows_within(op, top, row_first, row_last)
@@ -919,20 +934,19 @@ def _average_pool(op, arena, touched, row_first, row_last):
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
             count = np.float32(_divisor(op, top, left, i_last - i_first, j_last - j_first))
             source = op[S_OFFSET] + p * op[S_STRIDE]
-            row = arena[source : source + width]
-            for c in range(width):
-                share[c] = row[c] / count
             for i in range(own_first, own_last):
                 for j in range(j_first, j_last):
                     q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
                     _touch(op, arena, touched, q)
                     at = op[T_OFFSET] + q * op[T_STRIDE]
-                    out = arena[at : at + width]
-                    for c in range(width):
-                        out[c] += share[c]
+                    for c in range(0, blocks, simd.LANES):
+                        share = simd.divide(simd.load(arena, source + c), count)
+                        simd.store(arena, at + c, simd.add(simd.load(arena, at + c), share))
+                    for c in range(blocks, width):
+                        arena[at + c] += arena[source + c] / count
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _add(op, arena, touched, weights, scaled, first, last):
     """Add a sheet to another of the same shape, times one factor per channel where `scaled`."""
     width = op[T_C]
@@ -976,8 +990,8 @@ def advance(
     active, weights : float32 array
     csr : tuple of arrays
         This team's begins and ends (int64, by pixel), channels (int32), values, scores (float32).
-    work : float32 array
-        As long as the largest layer has units.
+    work : tuple of arrays
+        float32, as long as the largest layer has units, and BINS int64.
     shared : float64 array
         Words that the team shares.
     member, members, barrier
@@ -996,7 +1010,7 @@ def advance(
             rows[sample] = stopped
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _run(
     table, floats, start, arena, touched, active, weights, csr, work, shared, member, members,
     barrier,
@@ -1024,7 +1038,7 @@ def _run(
     return row
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _too_many(op, arena, touched, csr, shared, member, members, barrier):
     """Whether the scatter is left to a dense product; if so, its source is put into its sheet.
 
@@ -1042,7 +1056,7 @@ def _too_many(op, arena, touched, csr, shared, member, members, barrier):
     return inner > op[DENSE]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _spread_out(op, arena, touched, csr, first, last):
     """Replace the scatter's source sheet by the list of nonzeros, every row written."""
     begins, ends, channels, values, _ = csr
@@ -1054,7 +1068,7 @@ def _spread_out(op, arena, touched, csr, first, last):
             arena[at + channels[i]] = values[i]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _shared(op, floats, arena, touched, active, weights, csr, shared, member, members):
     """Operations that every thread does for its own pixels, or rows of the target."""
     kind = op[OP]

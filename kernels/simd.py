@@ -1,7 +1,7 @@
 """Sixteen floats at a time, where loops over single ones would be a branch each.
 
-LLVM turns these into whatever vector instructions the processor has. A *mask* is a 16-bit word, one
-bit per lane, the first lane lowest.
+A vector is a value like any other in compiled code; LLVM turns what is done to it into whatever
+instructions the processor has. A *mask* is a 16-bit word, one bit per lane, the first lane lowest.
 """
 
 from __future__ import annotations
@@ -11,11 +11,29 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-_FLOAT, _WORD = ir.FloatType(), ir.IntType(LANES)
+_FLOAT, _INT, _BIT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(1), ir.IntType(LANES)
+
+
+class Vector(types.Type):
+    """Sixteen numbers of one type, for Numba."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        item = manager.lookup(kind.dtype).get_value_type()
+        super().__init__(manager, kind, ir.VectorType(item, LANES))
+
+
+floats, ints = Vector(types.float32), Vector(types.int32)
 
 
 def _item(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
@@ -34,100 +52,138 @@ def _store(builder: Any, item: Any, value: Any) -> None:
 
 def _splat(builder: Any, value: Any, lanes: int) -> Any:
     empty = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(empty, value, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    first = builder.insert_element(empty, value, ir.Constant(_INT, 0))
+    zeros = ir.Constant(ir.VectorType(_INT, lanes), [0] * lanes)
     return builder.shuffle_vector(first, empty, zeros)
 
 
-def _mask(context: Any, builder: Any, lanes: Any) -> Any:
-    return builder.zext(builder.bitcast(lanes, _WORD), context.get_value_type(types.uint64))
+def _mask(builder: Any, lanes: Any) -> Any:
+    return builder.zext(builder.bitcast(lanes, _WORD), ir.IntType(64))
 
 
-def _comparison(predicate: str) -> Any:
-    """Mask of array[index …] `predicate` bound; false where a lane is no number."""
-
-    def typed(typing_context: Any, array: Any, index: Any, bound: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            item = _item(context, builder, signature.args[0], args[0], args[1])
-            lanes = _load(builder, item, LANES)
-            bounds = _splat(builder, args[2], LANES)
-            return _mask(context, builder, builder.fcmp_ordered(predicate, lanes, bounds))
-
-        return types.uint64(array, types.intp, types.float32), generate
-
-    return typed
+def _chosen(builder: Any, mask: Any) -> Any:
+    return builder.bitcast(builder.trunc(mask, _WORD), ir.VectorType(_BIT, LANES))
 
 
-above = intrinsic(_comparison(">"))
-below = intrinsic(_comparison("<"))
+def _unary(kind: Any, result: Any, build: Any) -> Any:
+    def typed(typing_context: Any, value: Any) -> Any:
+        return result(kind), lambda context, builder, signature, args: build(builder, *args)
+
+    return intrinsic(typed)
+
+
+def _binary(first: Any, second: Any, result: Any, build: Any) -> Any:
+    def typed(typing_context: Any, a: Any, b: Any) -> Any:
+        return result(first, second), lambda context, builder, signature, args: build(
+            builder, *args
+        )
+
+    return intrinsic(typed)
+
+
+def _comparison(second: Any, predicate: str, ordered: bool = True) -> Any:
+    """Mask of the lanes of a vector that compare so to another, or all to one number."""
+
+    def build(builder: Any, vector: Any, other: Any) -> Any:
+        compare = builder.fcmp_ordered if ordered else builder.fcmp_unordered
+        others = other if second is floats else _splat(builder, other, LANES)
+        return _mask(builder, compare(predicate, vector, others))
+
+    return _binary(floats, second, types.uint64, build)
+
+
+# False where a lane is no number, but `differs`, which is true there.
+above, below = _comparison(types.float32, ">"), _comparison(types.float32, "<")
+differs = _comparison(types.float32, "!=", ordered=False)
+equals = _comparison(floats, "==")
+
+splat = _unary(types.float32, floats, lambda builder, x: _splat(builder, x, LANES))
+add = _binary(floats, floats, floats, lambda builder, a, b: builder.fadd(a, b))
+divide = _binary(
+    floats,
+    types.float32,
+    floats,
+    lambda builder, vector, x: builder.fdiv(vector, _splat(builder, x, LANES)),
+)
+# a where it is larger, else b, also where a is no number.
+larger = _binary(
+    floats,
+    floats,
+    floats,
+    lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b),
+)
+
+
+def _kept(builder: Any, vector: Any, mask: Any) -> Any:
+    return builder.select(_chosen(builder, mask), vector, ir.Constant(vector.type, None))
+
+
+keep = _binary(floats, types.uint64, floats, _kept)  # 0 in the lanes that the mask lacks
+
+
+def _counted(builder: Any, first: Any) -> Any:
+    ascending = ir.Constant(ir.VectorType(_INT, LANES), list(range(LANES)))
+    return builder.add(_splat(builder, builder.trunc(first, _INT), LANES), ascending)
+
+
+numbers_from = _unary(types.int64, ints, _counted)
+
+# How many lanes a mask has.
+lanes_in = _unary(types.uint64, types.int64, lambda builder, mask: builder.ctpop(mask))
 
 
 @intrinsic
-def nonzero(typing_context: Any, array: Any, index: Any) -> Any:
-    """Mask of array[index …] ≠ 0, which what is no number is too."""
+def load(typing_context: Any, array: Any, index: Any) -> Any:
+    """The sixteen floats from array[index] on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = _load(builder, _item(context, builder, signature.args[0], *args), LANES)
-        zeros = ir.Constant(lanes.type, None)
-        return _mask(context, builder, builder.fcmp_unordered("!=", lanes, zeros))
+        return _load(builder, _item(context, builder, signature.args[0], *args), LANES)
 
-    return types.uint64(array, types.intp), generate
+    return floats(array, types.intp), generate
 
 
 @intrinsic
-def score_above(
-    typing_context: Any, a: Any, i: Any, r: Any, j: Any, eps: Any, sign: Any, bound: Any
-) -> Any:
-    """Mask of (a[i …] + eps) · r[j …] > bound; its absolute value where `sign` is 0x7FFFFFFF."""
+def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Write them there."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds = signature.args
-        active = _load(builder, _item(context, builder, kinds[0], args[0], args[1]), LANES)
-        gradient = _load(builder, _item(context, builder, kinds[2], args[2], args[3]), LANES)
-        shifted = builder.fadd(active, _splat(builder, args[4], LANES))
-        score = builder.fmul(shifted, gradient)
-        words = ir.VectorType(ir.IntType(32), LANES)
-        kept = builder.and_(builder.bitcast(score, words), _splat(builder, args[5], LANES))
-        magnitude = builder.bitcast(kept, score.type)
-        bounds = _splat(builder, args[6], LANES)
-        return _mask(context, builder, builder.fcmp_ordered(">", magnitude, bounds))
-
-    numbers = (types.float32, types.uint32, types.float32)
-    return types.uint64(a, types.intp, r, types.intp, *numbers), generate
-
-
-@intrinsic
-def keep(typing_context: Any, array: Any, index: Any, mask: Any) -> Any:
-    """Clear the lanes of array[index …] that `mask` lacks."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        item = _item(context, builder, signature.args[0], args[0], args[1])
-        lanes = _load(builder, item, LANES)
-        chosen = builder.bitcast(builder.trunc(args[2], _WORD), ir.VectorType(ir.IntType(1), LANES))
-        _store(builder, item, builder.select(chosen, lanes, ir.Constant(lanes.type, None)))
+        _store(builder, _item(context, builder, signature.args[0], *args[:2]), args[2])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.uint64), generate
+    return types.void(array, types.intp, floats), generate
 
 
 @intrinsic
-def lowest(typing_context: Any, mask: Any) -> Any:
-    """The first lane of a mask that has any."""
+def append(typing_context: Any, array: Any, index: Any, vector: Any, mask: Any) -> Any:
+    """Write the lanes of a mask to array[index …], one after another; behind them, anything.
+
+    In all, sixteen numbers of the array are written.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+        item = _item(context, builder, signature.args[0], *args[:2])
+        vector, lanes = args[2], _chosen(builder, args[3])
+        name = f"llvm.experimental.vector.compress.v{LANES}{'f' if vector.type.element == _FLOAT else 'i'}32"
+        kind = ir.FunctionType(vector.type, [vector.type, lanes.type, vector.type])
+        compress = cgutils.get_or_insert_function(builder.module, kind, name)
+        nothing = ir.Constant(vector.type, ir.Undefined)
+        _store(builder, item, builder.call(compress, [vector, lanes, nothing]))
+        return context.get_dummy_value()
 
-    return types.int64(types.uint64), generate
+    return types.void(array, types.intp, vector, types.uint64), generate
 
 
 @intrinsic
-def lanes_in(typing_context: Any, mask: Any) -> Any:
-    """How many lanes a mask has."""
+def score(typing_context: Any, a: Any, r: Any, eps: Any, sign: Any) -> Any:
+    """(a + eps) · r; its absolute value where `sign` is 0x7FFFFFFF instead of all ones."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
+        active, gradient, eps, sign = args
+        product = builder.fmul(builder.fadd(active, _splat(builder, eps, LANES)), gradient)
+        words = builder.bitcast(product, ir.VectorType(_INT, LANES))
+        return builder.bitcast(builder.and_(words, _splat(builder, sign, LANES)), product.type)
 
-    return types.int64(types.uint64), generate
+    return floats(floats, floats, types.float32, types.uint32), generate
 
 
 def _adder(lanes: int, registers: int) -> Any:

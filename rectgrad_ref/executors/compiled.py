@@ -219,9 +219,7 @@ class _Chunk:
 class _Walk:
     """One walk back for neighbouring samples of a chunk."""
 
-    def __init__(
-        self, chunk: _Chunk, first: int, arenas: np.ndarray, touched: np.ndarray
-    ) -> None:
+    def __init__(self, chunk: _Chunk, first: int, arenas: np.ndarray, touched: np.ndarray) -> None:
         self.chunk, self.program, self.first = chunk, chunk.program, first
         self.sheets = arenas, touched
         self.rows = np.zeros(len(arenas), np.int64)

@@ -57,7 +57,10 @@ class Scratch:
             take("values", units, np.float32),
             take("scores", units, np.float32),
         )
-        self.work = take("work", max(units, _SAMPLED), np.float32)
+        self.work = (
+            take("work", max(units, _SAMPLED), np.float32),
+            take("counts", k.BINS, np.int64),
+        )
 
 
 class Memory:

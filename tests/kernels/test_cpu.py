@@ -101,7 +101,8 @@ def advance(
         np.full(units, np.nan, np.float32),
         np.full(units, np.nan, np.float32),
     )
-    work, shared = np.empty(max(units, 2048), np.float32), np.full(k.SHARED, np.nan)
+    work = (np.empty(max(units, 2048), np.float32), np.empty(k.BINS, np.int64))
+    shared = np.full(k.SHARED, np.nan)
     memory = (arenas, touched, active, weights, csr, work, shared)
     team = (members, new_barrier())
     arguments = (*_table(table), 0, rows, np.array(samples), *memory)
@@ -607,7 +608,7 @@ def test_nth_largest(n: int, index: int, distinct: int, rng: np.random.Generator
     values = rng.integers(0, distinct, n).astype(np.float32)
     index %= n
     expected = np.partition(values, n - 1 - index)[n - 1 - index]
-    assert k.nth_largest(values.copy(), index) == expected
+    assert k.nth_largest(values.copy(), index, np.empty(k.BINS, np.int64)) == expected
 
 
 @pytest.mark.parametrize("order", [np.sort, lambda v: np.sort(v)[::-1], np.zeros_like])
@@ -615,7 +616,7 @@ def test_nth_largest_of_ordered_values(order: Any) -> None:
     values = order(np.random.default_rng(0).standard_normal(20_000).astype(np.float32))
     for index in (0, 400, 10_000, 19_999):
         expected = np.partition(values, values.size - 1 - index)[values.size - 1 - index]
-        assert k.nth_largest(np.array(values), index) == expected
+        assert k.nth_largest(np.array(values), index, np.empty(k.BINS, np.int64)) == expected
 
 
 # --- sheets ---------------------------------------------------------------------------------------

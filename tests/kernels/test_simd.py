@@ -15,33 +15,40 @@ SPECIAL = np.array([0.0, -0.0, 1.5, -1.5, np.inf, -np.inf, np.nan, 1e-45], np.fl
 
 
 @njit
-def above(x, at, bound):  # type: ignore[no-untyped-def]
-    return simd.above(x, at, bound)
+def comparisons(x, at, bound):  # type: ignore[no-untyped-def]
+    lanes = simd.load(x, at)
+    other = simd.splat(bound)
+    return (
+        simd.above(lanes, bound),
+        simd.below(lanes, bound),
+        simd.differs(lanes, bound),
+        simd.equals(lanes, other),
+    )
 
 
 @njit
-def below(x, at, bound):  # type: ignore[no-untyped-def]
-    return simd.below(x, at, bound)
-
-
-@njit
-def nonzero(x, at):  # type: ignore[no-untyped-def]
-    return simd.nonzero(x, at)
-
-
-@njit
-def score_above(a, i, r, j, eps, sign, bound):  # type: ignore[no-untyped-def]
-    return simd.score_above(a, i, r, j, eps, sign, bound)
+def score(out, a, i, r, j, eps, sign):  # type: ignore[no-untyped-def]
+    simd.store(out, 0, simd.score(simd.load(a, i), simd.load(r, j), eps, sign))
 
 
 @njit
 def keep(x, at, mask):  # type: ignore[no-untyped-def]
-    simd.keep(x, at, mask)
+    simd.store(x, at, simd.keep(simd.load(x, at), mask))
 
 
 @njit
-def first_and_count(mask):  # type: ignore[no-untyped-def]
-    return simd.lowest(mask), simd.lanes_in(mask)
+def arithmetic(out, x, i, j, count):  # type: ignore[no-untyped-def]
+    a, b = simd.load(x, i), simd.load(x, j)
+    simd.store(out[0], 0, simd.add(a, b))
+    simd.store(out[1], 0, simd.larger(a, b))
+    simd.store(out[2], 0, simd.divide(a, count))
+
+
+@njit
+def append(numbers, values, end, x, at, first, mask):  # type: ignore[no-untyped-def]
+    simd.append(numbers, end, simd.numbers_from(first), mask)
+    simd.append(values, end, simd.load(x, at), mask)
+    return end + simd.lanes_in(mask)
 
 
 def word(lanes: Any) -> int:
@@ -57,9 +64,21 @@ def x() -> np.ndarray:
 @pytest.mark.parametrize("bound", [np.float32(v) for v in (-1.5, 0.0, 1.0, np.inf)])
 def test_comparisons(x: np.ndarray, at: int, bound: np.float32) -> None:
     lanes = x[at : at + LANES]
-    assert above(x, at, bound) == word(lanes > bound)
-    assert below(x, at, bound) == word(lanes < bound)
-    assert nonzero(x, at) == word(lanes != 0)
+    above, below, differs, equals = comparisons(x, at, bound)
+    assert above == word(lanes > bound)
+    assert below == word(lanes < bound)
+    assert differs == word(lanes != bound)
+    assert equals == word(lanes == bound)
+
+
+def test_arithmetic(x: np.ndarray) -> None:
+    out = np.empty((3, LANES), np.float32)
+    arithmetic(out, x, 0, 3, np.float32(3))
+    a, b = x[:LANES], x[3 : 3 + LANES]
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(out[0], a + b)
+    np.testing.assert_array_equal(out[1], np.where(a > b, a, b))
+    np.testing.assert_array_equal(out[2], a / np.float32(3))
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
@@ -68,12 +87,11 @@ def test_scores(magnitude: bool, eps: np.float32) -> None:
     rng = np.random.default_rng(0)
     a = rng.standard_normal(40).astype(np.float32)
     r = np.concatenate([rng.standard_normal(30).astype(np.float32), SPECIAL])
-    score = (a[3 : 3 + LANES] + eps) * r[22 : 22 + LANES]
-    sign = np.uint32(0x7FFFFFFF if magnitude else 0xFFFFFFFF)
-    # Scores themselves as bounds: each is rounded as NumPy rounds it.
-    for bound in (np.float32(0), *score):
-        expected = word((np.abs(score) if magnitude else score) > bound)
-        assert score_above(a, 3, r, 22, eps, sign, bound) == expected
+    with np.errstate(invalid="ignore"):
+        expected = (a[3 : 3 + LANES] + eps) * r[22 : 22 + LANES]
+    out = np.empty(LANES, np.float32)
+    score(out, a, 3, r, 22, eps, np.uint32(0x7FFFFFFF if magnitude else 0xFFFFFFFF))
+    np.testing.assert_array_equal(out, np.abs(expected) if magnitude else expected)
 
 
 def test_what_a_mask_lacks_is_cleared(x: np.ndarray) -> None:
@@ -86,12 +104,17 @@ def test_what_a_mask_lacks_is_cleared(x: np.ndarray) -> None:
     np.testing.assert_array_equal(x, expected)
 
 
-@pytest.mark.parametrize("mask", [1, 2, 0x8000, 0xFFFF, 0b0101_0000])
-def test_lanes(mask: int) -> None:
-    lowest, count = first_and_count(np.uint64(mask))
-    assert mask >> lowest & 1
-    assert not mask & ((1 << lowest) - 1)
-    assert count == bin(mask).count("1")
+@pytest.mark.parametrize("mask", [0, 1, 2, 0x8000, 0xFFFF, 0b0101_0000])
+def test_the_lanes_of_a_mask_are_appended(mask: int) -> None:
+    x = np.arange(40, dtype=np.float32)
+    numbers, values = np.full(30, -1, np.int32), np.full(30, -1, np.float32)
+    end = append(numbers, values, 4, x, 7, 100, np.uint64(mask))
+    lanes = [i for i in range(LANES) if mask >> i & 1]
+    assert end == 4 + len(lanes)
+    np.testing.assert_array_equal(numbers[4:end], [100 + i for i in lanes])
+    np.testing.assert_array_equal(values[4:end], [7 + i for i in lanes])
+    for array in (numbers, values):
+        assert (array[:4] == -1).all() and (array[4 + LANES :] == -1).all()
 
 
 ADDERS = {128: simd.add_128, 64: simd.add_64, 32: simd.add_32}
