@@ -163,7 +163,8 @@ def append(typing_context: Any, array: Any, index: Any, vector: Any, mask: Any) 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         item = _item(context, builder, signature.args[0], *args[:2])
         vector, lanes = args[2], _chosen(builder, args[3])
-        name = f"llvm.experimental.vector.compress.v{LANES}{'f' if vector.type.element == _FLOAT else 'i'}32"
+        item_type = "f32" if vector.type.element == _FLOAT else "i32"
+        name = f"llvm.experimental.vector.compress.v{LANES}{item_type}"
         kind = ir.FunctionType(vector.type, [vector.type, lanes.type, vector.type])
         compress = cgutils.get_or_insert_function(builder.module, kind, name)
         nothing = ir.Constant(vector.type, ir.Undefined)

@@ -20,6 +20,7 @@ from ..reference import NOTHING, constants_as
 from ..rules.declared import Call, ConvTranspose, Values, mask_border
 from .cpu import (
     Program,
+    Sheet,
     WeightStore,
     add_array,
     add_image,
@@ -31,13 +32,13 @@ from .cpu import (
 )
 from .crew import Crew, at_fork, processors
 from .dense import DenseTransposes, channels_of, parts_of
-from .memory import Memory, Scratch
+from .memory import Memory
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 # Memories that wait for the next call; more are made where more calls run at once.
 _KEPT = 2
-# Floats of one thread's arenas, so that they stay in its cache.
-_ARENAS = 2**18
+# Floats of one thread's arenas, so that they stay in its cache; but so many samples at least.
+_ARENAS, _SAMPLES = 2**19, 4
 
 
 class CompiledBackend:
@@ -197,7 +198,7 @@ class _Chunk:
         """
         graph = self.program.plan.graph
         result = np.empty(graph.shapes[graph.input] or (), np.float32)
-        fitting = max(1, _ARENAS // self.program.arena_size)
+        fitting = max(_SAMPLES, _ARENAS // self.program.arena_size)
         group = min(fitting, -(-len(seed) // crew.size))
         arenas, touched = self.memory.arenas(self.program, crew.size * group)
         teams = [_Team(self, i) for i in range(crew.size)]
