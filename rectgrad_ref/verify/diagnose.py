@@ -1,9 +1,10 @@
 """Which conventions explain another implementation's numbers.
 
-The reference is run again under other conventions, one at a time, then two, then as many as keep
-helping, and the smallest set that explains everything is named. What a method does after the walk
-(× input, final threshold, absolute values …) costs nothing to try, so every walk is tried with all
-of it.
+The reference is run again under other conventions, and the smallest set of them that explains
+everything is named. Where gradients were given, a set is followed along the walk until a value
+differs, so that most sets cost one layer, and each layer is computed once for all sets that do the
+same there. What a method does after the walk (× input, final threshold, absolute values …) costs
+nothing to try, so every walk is tried with all of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -37,8 +39,11 @@ Verdict = Literal["agrees", "explained", "partly explained", "unexplained", "not
 # Two maps are taken for equal below this relative distance; threshold ties move a map by more than
 # that or not at all.
 _EQUAL = 1e-4
-# Pairs are tried among the best single deviations; all of them where one walk is cheap.
+# One more deviation is tried with the best sets so far; all pairs where a walk is cheap.
 _CHEAP_UNITS = 20_000
+# Units of all walks that are made to add one more deviation, where each walk is made whole.
+_MOST_UNITS = 2_000_000_000
+_FEWEST_WALKS = 100
 _BEAM = 6
 _MOST_DEVIATIONS = 6
 _HELPS = 0.8  # one more deviation must bring the distance down to this fraction
@@ -125,11 +130,6 @@ class Fit:
     def explains(self) -> bool:
         """Whether everything agrees."""
         return self.agreeing == self.total
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        """The smaller, the better."""
-        return (self.total - self.agreeing, self.distance)
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,7 @@ class _Search:
     left_out: set[int] = field(default_factory=set)
     tried: set[Conventions] = field(default_factory=set)
     points: int = 0
+    is_complete: bool = True
 
     def __post_init__(self) -> None:
         method = self.bundle.method
@@ -293,7 +294,7 @@ class _Search:
             "unexplained",
             before=before,
             first_difference=comparison.first_difference,
-            untested=tuple(self._untested()),
+            untested=tuple(self._untested(bool(explaining))),
             runs=len(self.tried),
         )
         if explaining:
@@ -333,14 +334,18 @@ class _Search:
         return [], (*best, *self._known_reach(best).ends[0])
 
     def _extended(self, beam: Sequence[_Steps]) -> list[_Steps]:
-        """Every set with one more deviation."""
+        """Every set with one more deviation, of the best sets and the most frequent first."""
         found = {
             frozenset((*steps, more)): (*steps, more)
             for steps in beam
             for more in self.steps
             if _compatible((*steps, more))
         }
-        return list(found.values())
+        most = max(_FEWEST_WALKS, _MOST_UNITS // self._units)
+        if self.given or len(found) <= most:
+            return list(found.values())
+        self.is_complete = False
+        return list(found.values())[:most]
 
     def _ranked(self, sets: Sequence[_Steps]) -> list[_Steps]:
         """Those that fit the model, the best first."""
@@ -367,9 +372,13 @@ class _Search:
         return bool(self.given) and not self._is_better(grown, best)
 
     @property
+    def _units(self) -> int:
+        units = sum(prod(node.output_shapes[0]) for node in self.engine.layers)
+        return max(1, units * len(self.engine.groups))
+
+    @property
     def _is_cheap(self) -> bool:
-        units = sum(int(np.prod(node.output_shapes[0])) for node in self.engine.layers)
-        return units * len(self.engine.groups) <= _CHEAP_UNITS
+        return self._units <= _CHEAP_UNITS
 
     def _is_better(self, one: _Steps, other: _Steps) -> bool:
         """By so much that it is worth one more deviation."""
@@ -460,19 +469,17 @@ class _Search:
         conventions, finish = self._conventions(option), self._finish(option)
         key = (walk.key, conventions.swapped, finish)
         if key not in self.distances:
+            assert self.theirs.values is not None
+            found = self.theirs.values.astype(np.float64)
             x = self.engine.input_of(conventions).astype(np.float64)
             values = finish(x, walk.R, self.method, self.engine.channel_axis)
-            self.distances[key] = self._distance(values, finish)
+            expected = summed_like(values, found)
+            if finish.post == "min-max":
+                expected = _min_max(expected)
+            else:
+                expected = expected * per_sample(fitted_scale(found, expected), expected)
+            self.distances[key] = relative_distance(found, expected)
         return self.distances[key]
-
-    def _distance(self, values: np.ndarray, finish: Finish) -> float:
-        assert self.theirs.values is not None
-        found = self.theirs.values.astype(np.float64)
-        expected = summed_like(values, found)
-        if finish.post == "min-max":
-            return relative_distance(found, _min_max(expected))
-        scale = per_sample(fitted_scale(found, expected), expected)
-        return relative_distance(found, expected * scale)
 
     def _conventions(self, option: _Steps) -> Conventions:
         changes = dict(pair for deviation in option for pair in deviation.walk)
@@ -504,7 +511,7 @@ class _Search:
             return []
         return [_missing(missing, f"at {', '.join(sorted(missing))}")]
 
-    def _untested(self) -> Iterator[str]:
+    def _untested(self, is_explained: bool) -> Iterator[str]:
         if len(self.bundle.inputs) == 1:
             yield (
                 "The bundle holds one sample, so a percentile over the batch cannot be told from "
@@ -512,6 +519,11 @@ class _Search:
             )
         elif not self.engine.samplewise:
             yield "The model takes one sample at a time: a percentile over the batch was not tried."
+        if not (self.is_complete or is_explained):
+            yield (
+                "In so large a network not everything was tried that may be wrong; with gradients "
+                "at some layers it is."
+            )
 
 
 def known(method: RectGrad, engine: Engine) -> Iterator[Deviation]:

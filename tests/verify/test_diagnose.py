@@ -268,6 +268,47 @@ def test_a_known_mistake_and_an_unknown_one(bundle: Bundle) -> None:
     assert found.sentences[0].startswith("Only partly explained, nearest is: Scores are absolute")
 
 
+def test_what_is_behind_an_unknown_mistake_is_found(bundle: Bundle) -> None:
+    """The rule of the last layer is nobody's; below it, the padding trick is missing."""
+
+    def every_other(a: np.ndarray, R: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(a.size).reshape(a.shape) % 2 == 0, R, 0)
+
+    rules = dict.fromkeys(peer.RELUS, peer.rectgrad) | {"dense1.relu": every_other}
+    found = diagnosed(bundle, peer.explain(bundle, rules, trick=False))
+    assert found.verdict == "partly explained"
+    assert ids(found) == {"padding_trick=False"}
+    assert found.first_difference == "R_in of dense1.relu"
+
+
+def test_two_mistakes_in_one_layer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither explains anything alone."""
+
+    def both(a: np.ndarray, R: np.ndarray) -> np.ndarray:
+        scores = np.abs(a * R)
+        return np.where(scores > peer.nearest(scores.reshape(1, -1)), R, 0)
+
+    monkeypatch.setattr(sys.modules["rectgrad_ref.verify.diagnose"], "_CHEAP_UNITS", 0)
+    found = diagnosed(bundle, peer.explain(bundle, both, trick=False, end=peer.product))
+    assert found.verdict == "explained"
+    assert ids(found) == {
+        "propagation_rule=PR2", "scope=batch", "padding_trick=False", "final_threshold=False"
+    }  # fmt: skip
+
+
+def test_it_says_that_not_everything_was_tried(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["rectgrad_ref.verify.diagnose"]
+    for name in ("_CHEAP_UNITS", "_MOST_UNITS"):
+        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(module, "_FEWEST_WALKS", 5)
+    values = np.random.default_rng(0).standard_normal(bundle.values.shape)
+    found = diagnosed(bundle, values)
+    assert found.runs <= 11
+    assert found.sentences[-1].startswith("In so large a network not everything was tried")
+
+
 def test_one_sample_cannot_tell_a_batch() -> None:
     one = peer.reference(1)
     found = diagnosed(one, peer.explain(one, peer.absolute))
