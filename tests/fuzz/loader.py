@@ -29,6 +29,7 @@ from model_cases import FOLDERS, read
 from mutations import damage_bytes, damage_model
 from node_cases import cases
 
+import rectgrad_ref
 from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidModel, RectGradWarning, UnsupportedOperator
 from rectgrad_ref.methods import METHODS
@@ -39,7 +40,8 @@ SECRET = b"SECRETSECRETSECRET"
 LARGEST = 400_000  # bytes of a development model
 PROJECT = Path(__file__).resolve().parents[2]
 DEVELOPMENT = PROJECT.parent / "shared" / "data" / "models"
-OWN_CODE = (str(PROJECT), sys.prefix, sys.base_prefix, "/usr/lib/python")
+INSTALLED = Path(rectgrad_ref.__file__).parent
+OWN_CODE = (*map(str, (PROJECT, INSTALLED)), sys.prefix, sys.base_prefix)
 
 
 @cache

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import float32, model
+from onnx.reference import ReferenceEvaluator
+from scipy.stats import norm
 
 from rectgrad_ref import Explainer
 from rectgrad_ref.analysis import activations
 from rectgrad_ref.errors import RectGradWarning
 from rectgrad_ref.graph import Graph, freeze
 from rectgrad_ref.model import read_model
+from rectgrad_ref.rules.activation import ACTIVATIONS
 
 TOKENS, WIDTH = 5, 8
 CONSTANTS = {
@@ -121,3 +124,63 @@ def test_a_transformer_block_is_explained_sample_by_sample_alike() -> None:
     alone = [explainer.explain(x[i : i + 1], method="rectgrad", q=80.0).values for i in range(3)]
     np.testing.assert_allclose(whole, np.concatenate(alone), rtol=1e-10, atol=1e-12)
     assert np.count_nonzero(whole)
+
+
+# Operator → its operands after the first, and attributes, in `onnx.parser`'s spelling.
+SPELLED = {"PRelu": "(z, slope)", "Clip": "(z, low, high)", "LeakyRelu": "<alpha = 0.25> (z)"}
+EXTRA = {"slope": np.float32(0.25), "low": np.float32(0), "high": np.float32(1)}
+Z = np.array([-2.7, -1.1, -0.3, 0.2, 0.6, 0.9, 1.2, 1.4, 3.3])
+
+
+def values(op: str, z: np.ndarray) -> np.ndarray:
+    """f(z) by onnx's reference evaluator, in float64; but its Erf rounds to float32."""
+    if op == "Gelu":
+        return z * norm.cdf(z)
+    node = f"a = {op}{SPELLED.get(op, '(z)')}"
+    used = {name: np.float64(value) for name, value in EXTRA.items() if name in node}
+    proto = model(f"(double[N] z) => (double[N] a) {{ {node} }}", opset=24, constants=used)
+    return np.asarray(ReferenceEvaluator(proto).run(None, {"z": z})[0])
+
+
+def expected(method: str, op: str, R: np.ndarray) -> np.ndarray:
+    """What leaves the activation, by the definitions of SPEC sections 2 and 6."""
+    a, h = values(op, Z), 1e-6
+    slope = (values(op, Z + h) - values(op, Z - h)) / (2 * h)
+    if method == "deconvolution":
+        return np.maximum(R, 0) * (1 if op == "Relu" else slope)
+    if method == "guided_backprop":
+        return np.where(Z > 0, np.maximum(R, 0) * slope, 0)
+    if method == "epsilon_lrp":
+        return R * a / (Z + np.where(Z >= 0, 1e-4, -1e-4))
+    if method == "deeplift":  # at a reference of 0
+        return R * (a - values(op, np.zeros(1))) / Z
+    tau = np.sort(a * R)[::-1][2]  # of nine scores, q = 75: round(8 · 0.25)
+    return np.where(a * R > tau, R * slope, 0)
+
+
+@pytest.mark.filterwarnings("ignore:DeepLIFT|epsilon-LRP|nothing can pass")
+@pytest.mark.parametrize("op", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rectgrad", {"q": 75.0}),
+        ("deconvolution", {}),
+        ("guided_backprop", {}),
+        ("epsilon_lrp", {}),
+        ("deeplift", {}),
+    ],
+)
+def test_every_activation(op: str, method: str, options: dict[str, Any]) -> None:
+    node = f"a = {op}{SPELLED.get(op, '(z)')}"
+    used = {name: value for name, value in EXTRA.items() if name in node}
+    R = np.float32([1.5, -0.5, 2.0, 0.7, -1.0, 0.4, 1.1, -2.0, 0.3])
+    proto = model(
+        f"(float[N, 9] x) => (float[N, 1] y) {{ z = Neg(x)  {node}  y = MatMul(a, V) }}",
+        opset=24,
+        constants={"V": R[:, None], **used},
+    )
+    result = Explainer(proto, backend="reference").explain(
+        -Z[None], method=method, trace=True, **options
+    )
+    (layer,) = result.layers().values()
+    np.testing.assert_allclose(layer.R_in[0], expected(method, op, R), rtol=1e-6, atol=1e-8)
