@@ -10,9 +10,6 @@ import numpy as np
 
 from .tensor import FUNCTIONS, NotTraceable, Shape, Tape, Tensor, spelling
 
-# Cells of the matrix that stands for the indices of a Gather.
-_MOST_COUNTS = 2**24
-
 # By name, because scipy's `erf` is a ufunc too and need not be imported to be recognised.
 _ELEMENTWISE = {
     "add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "negative": "Neg",
@@ -368,17 +365,20 @@ def _put_along_axis(x: Tensor, indices: Tensor, values: Any, axis: int) -> None:
 
 @spelling(np.add.at)
 def _add_at(x: Tensor, index: Any, values: Tensor) -> None:
-    """``np.add.at`` with the constant indices of one axis: a product with the matrix they name."""
+    """Into zeros, at constant indices of one axis."""
     *before, indices = index if isinstance(index, tuple) else (index,)
     if x.fill != 0 or any(i != slice(None) for i in before) or isinstance(indices, Tensor):
         raise NotTraceable("numpy.add.at with indices that are computed")
     axis, places = len(before), np.asarray(indices)
-    if places.size * x.shape[axis] > _MOST_COUNTS:
-        raise NotTraceable(f"numpy.add.at with {places.size} indices")
     flat = values.reshape(*values.shape[:axis], places.size, *x.shape[axis + 1 :])
-    counts = np.zeros((places.size, x.shape[axis]), x.dtype)
-    np.add.at(counts, (np.arange(places.size), places.ravel()), 1)
-    x.become(_swapaxes(_swapaxes(flat, axis, -1) @ counts, axis, -1))
+    extents: Any = flat.emit("Shape", shape=[x.ndim], dtype=np.int64)
+    here = np.arange(x.ndim) == axis
+    zeros = (extents * ~here + here * x.shape[axis]).emit(
+        "ConstantOfShape", shape=x.shape, dtype=x.dtype
+    )
+    row = places.reshape([-1 if here[a] else 1 for a in range(x.ndim)]) % x.shape[axis]
+    (where,) = x.tape.emit("Expand", [row, extents], (flat.shape, np.int64))
+    x.become(zeros.emit("ScatterElements", where, flat, axis=axis, reduction="add"))
 
 
 @spelling(np.einsum)
