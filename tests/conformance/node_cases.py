@@ -422,6 +422,10 @@ floating-point inputs that have one against central differences in float64, by r
 at a point without ties. {forward[0]} operators are checked forward ({forward[1]} cases),
 {backward[0]} backward ({backward[1]} cases).
 
+Further tests compare what onnxruntime makes of these cases, which the backend `cpu` reads, with
+NumPy's values, in earlier opsets too; and whole networks that PyTorch exports, from VGG to Swin
+(`tests/zoo/networks/`), with PyTorch's own gradients.
+
 - **opsets**: the versions in force from opset 7 on. All are brought to the newest form.
 - **by**: `rule`, a forward function and its vector–Jacobian products in `rectgrad_ref/rules/`;
   `body`, the function by which ONNX defines the operator, written out; `unrolled`, control flow.
