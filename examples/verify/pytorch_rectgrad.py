@@ -285,9 +285,9 @@ def main(names: list[str]) -> None:
     for name in names or IMPLEMENTATIONS:
         model, attribute = IMPLEMENTATIONS[name][0]()
         theirs = from_torch(attribute, bundle, model)
-        comparison = compare(bundle, theirs)
+        comparison = compare(bundle, theirs, engine)
         print(f"\n{name}: {'agrees' if comparison.agrees else 'differs'}")
-        for sentence in diagnose(comparison, engine).sentences:
+        for sentence in diagnose(comparison).sentences:
             print(f"  {sentence}")
 
 

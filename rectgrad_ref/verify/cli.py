@@ -109,14 +109,13 @@ def compare_bundle(
     """Compare another implementation's numbers with a bundle, and say what differs."""
     from . import report
     from .bundle import load
-    from .compare import compare, engine_of
+    from .compare import compare
     from .diagnose import diagnose
 
     with _reporting():
         _check_page(page)
-        opened = load(bundle)
-        comparison = compare(opened, theirs, model)
-        diagnosis = diagnose(comparison, engine_of(opened, model))
+        comparison = compare(load(bundle), theirs, model)
+        diagnosis = diagnose(comparison)
         if page is not None:
             _write(page, report.page(comparison, diagnosis))
     if as_json:

@@ -111,15 +111,16 @@ class Comparison:
     rows : tuple of Row
         In the order of the walk, from the logits.
     map : MapRow or None
-    shared : bool
-        Whether every layer was compared on the other side's own inputs, which needs the model.
+    engine : Engine or None
+        What walked the model; None where the model is not known, and layers could not be compared
+        on the other side's own inputs.
     """
 
     bundle: Bundle
     theirs: Theirs
     rows: tuple[Row, ...]
     map: MapRow | None
-    shared: bool
+    engine: Engine | None
 
     @property
     def agrees(self) -> bool:
@@ -144,7 +145,7 @@ class Comparison:
 def compare(
     bundle: Bundle,
     theirs: str | os.PathLike[str] | Mapping[str, Any] | np.ndarray,
-    model: ModelSource | None = None,
+    model: ModelSource | Engine | None = None,
 ) -> Comparison:
     """Compare another implementation's numbers with a bundle.
 
@@ -153,26 +154,26 @@ def compare(
     bundle : Bundle
     theirs : path, mapping of str to array, or numpy.ndarray
         The final map, gradients at any layers, or both; see `theirs.read_theirs`.
-    model : path, bytes or onnx.ModelProto, optional
+    model : path, bytes, onnx.ModelProto or Engine, optional
         Needed where the bundle does not contain its model. Without one, linear steps can be
-        checked up to the first difference only.
+        checked up to the first difference only. An engine (see `engine_of`) may serve many
+        comparisons.
 
     Raises
     ------
     InvalidBundle
         Another model's, shapes that do not fit, NaN, or nothing to compare.
     """
-    engine = engine_of(bundle, model)
+    engine = model if isinstance(model, Engine) else engine_of(bundle, model)
     if engine is None:
         given = read_theirs(theirs, bundle)
         rows, expected = _on_stored_inputs(bundle, given), bundle.values.astype(np.float64)
         mapped = None if given.values is None else map_row(given.values, expected, bundle, 1e-5)
-        return Comparison(bundle, given, tuple(rows), mapped, shared=False)
-    return compare_on(engine, bundle, read_theirs(theirs, bundle, places(engine)))
+        return Comparison(bundle, given, tuple(rows), mapped, None)
+    return _on_shared_inputs(engine, bundle, read_theirs(theirs, bundle, places(engine)))
 
 
-def compare_on(engine: Engine, bundle: Bundle, theirs: Theirs) -> Comparison:
-    """`compare`, with the model loaded and the other side read."""
+def _on_shared_inputs(engine: Engine, bundle: Bundle, theirs: Theirs) -> Comparison:
     conventions, given = Conventions(bundle.method), given_of(engine, theirs)
     walk = engine.walk(conventions, given)
     rows = [row_of(point, engine.dtype) for point in walk.points]
@@ -187,7 +188,7 @@ def compare_on(engine: Engine, bundle: Bundle, theirs: Theirs) -> Comparison:
         if mapped.verdict == "different" and not given:
             moves = sensitivity(engine, conventions, engine.walk(conventions, wants_near=True))
             mapped = map_row(theirs.values, expected, bundle, tolerance, moves)
-    return Comparison(bundle, theirs, tuple(rows), mapped, shared=True)
+    return Comparison(bundle, theirs, tuple(rows), mapped, engine)
 
 
 def engine_of(bundle: Bundle, model: ModelSource | None = None) -> Engine | None:

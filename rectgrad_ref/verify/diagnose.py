@@ -204,16 +204,9 @@ class Diagnosis:
         return [f"On these images the same numbers follow from: {'; '.join(others)}."]
 
 
-def diagnose(comparison: Comparison, engine: Engine | None) -> Diagnosis:
-    """Name the smallest set of deviating conventions that explains the other side's numbers.
-
-    Parameters
-    ----------
-    comparison : Comparison
-    engine : Engine or None
-        See `compare.engine_of`.
-    """
-    bundle = comparison.bundle
+def diagnose(comparison: Comparison) -> Diagnosis:
+    """Name the smallest set of deviating conventions that explains the other side's numbers."""
+    bundle, engine = comparison.bundle, comparison.engine
     settled = comparison.map is None or comparison.map.verdict in ("exact", "rounding")
     if comparison.agrees and settled:
         return Diagnosis("agrees")

@@ -79,7 +79,7 @@ def conclusion(comparison: Comparison, diagnosis: Diagnosis) -> list[str]:
     if comparison.agrees and diagnosis.verdict == "agrees":
         shared = (
             ""
-            if comparison.shared
+            if comparison.engine is not None
             else (" Linear steps were compared with the stored values only, for want of the model.")
         )
         return [f"{diagnosis.sentences[0]}{shared}"]
@@ -150,7 +150,7 @@ def as_data(comparison: Comparison, diagnosis: Diagnosis) -> dict[str, Any]:
     mapped = comparison.map
     return {
         "agrees": comparison.agrees,
-        "shared": comparison.shared,
+        "shared": comparison.engine is not None,
         "first_difference": comparison.first_difference,
         "diagnosis": diagnosis.verdict,
         "deviations": [{"id": d.id, "sentence": d.sentence} for d in diagnosis.deviations],

@@ -8,7 +8,7 @@ import numpy as np
 import peer
 import pytest
 
-from rectgrad_ref.verify import Bundle, compare, diagnose, engine_of, make
+from rectgrad_ref.verify import Bundle, compare, diagnose, make
 from rectgrad_ref.verify.adapters import from_callable, from_torch, recorded
 from rectgrad_ref.verify.conformance import plain
 
@@ -73,7 +73,7 @@ def test_a_function_without_its_module(bundle: Bundle) -> None:
     net = twin(bundle)
     given = from_torch(lambda x, target: x * saliency(net)(x, target), bundle)
     assert list(given) == ["values"]
-    found = diagnose(compare(bundle, given), engine_of(bundle))
+    found = diagnose(compare(bundle, given))
     assert [deviation.id for deviation in found.deviations] == ["gradient × input"]
 
 
@@ -183,7 +183,7 @@ def test_rectgrad_as_a_zennit_rule(zennit: Any, scores: str) -> None:
     attribute = attributing(net, composite, lambda output, chosen: chosen.to(output))
     comparison = compare(made, from_torch(attribute, made, net))
     assert comparison.agrees is (scores == "sample")
-    found = diagnose(comparison, engine_of(made))
+    found = diagnose(comparison)
     assert [d.id for d in found.deviations] == ([] if scores == "sample" else ["scope=batch"])
 
 
@@ -279,5 +279,5 @@ def test_keras(what: str) -> None:
 def test_a_wrong_one_in_keras() -> None:
     made = peer.reference(padding_trick=False, final_threshold=False)
     found = from_callable(keras_rectgrad(made, peer.over_the_batch), made)
-    diagnosis = diagnose(compare(made, found), engine_of(made))
+    diagnosis = diagnose(compare(made, found))
     assert [deviation.id for deviation in diagnosis.deviations] == ["scope=batch"]

@@ -107,7 +107,7 @@ def low() -> Bundle:
 
 
 def diagnosed(bundle: Bundle, theirs: Any) -> Diagnosis:
-    return diagnose(compare(bundle, theirs), examiner(bundle))
+    return diagnose(compare(bundle, theirs, examiner(bundle)))
 
 
 def ids(found: Diagnosis) -> set[str]:
@@ -121,8 +121,8 @@ def test_mistakes(bundle: Bundle, name: str, what: str) -> None:
     made = low() if mistake.low else bundle
     theirs = peer.explain(made, **mistake.how)
     given = {"values": theirs["values"]} if what == "map" else theirs
-    comparison = compare(made, given)
-    found = diagnose(comparison, examiner(made))
+    comparison = compare(made, given, examiner(made))
+    found = diagnose(comparison)
     if what == "map" and not mistake.shows:
         assert comparison.agrees
         assert found.verdict == "agrees"
@@ -318,8 +318,8 @@ def test_one_sample_cannot_tell_a_batch() -> None:
 
 
 def test_without_the_model(bundle: Bundle) -> None:
-    comparison = compare(bundle, -1 - bundle.values)
-    found = diagnose(comparison, None)
+    comparison = compare(replace(bundle, model=None), -1 - bundle.values)
+    found = diagnose(comparison)
     assert (found.verdict, found.sentences) == (
         "not searched",
         ("Other conventions need the model: give it.",),

@@ -46,8 +46,8 @@ QUICK = ("correct", "hooks that never fire")
 def test_implementations(reference: Bundle, engine: Engine | None, name: str) -> None:
     make, expected = example.IMPLEMENTATIONS[name]
     model, attribute = make()
-    comparison = compare(reference, from_torch(attribute, reference, model))
-    found = diagnose(comparison, engine)
+    comparison = compare(reference, from_torch(attribute, reference, model), engine)
+    found = diagnose(comparison)
     if expected is None:
         assert comparison.agrees
         assert found.verdict == "agrees"

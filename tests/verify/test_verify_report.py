@@ -24,7 +24,6 @@ from rectgrad_ref.verify import (
     certify,
     compare,
     diagnose,
-    engine_of,
     report,
 )
 from rectgrad_ref.verify.conformance import plain
@@ -64,7 +63,7 @@ class Page(HTMLParser):
 
 def examined(bundle: Bundle, theirs: Any) -> tuple[Comparison, Diagnosis]:
     comparison = compare(bundle, theirs)
-    return comparison, diagnose(comparison, engine_of(bundle))
+    return comparison, diagnose(comparison)
 
 
 @pytest.fixture(scope="module")
