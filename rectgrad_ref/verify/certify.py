@@ -13,6 +13,7 @@ import numpy as np
 from .. import analysis
 from ..attribution import Attribution, Layer
 from ..errors import BackendUnavailable, RectGradWarning
+from ..executors import BACKENDS
 from ..explainer import Explainer
 from ..images import PreprocessLike
 from ..methods import DeepLift, Method, RectGrad, make_method
@@ -188,11 +189,14 @@ class _Examination:
             _SINGLE: Explainer(model, backend="reference", dtype="float32", **options),
         }
         self.engines: dict[str, Engine] = {}
-        self.missing = ""
-        try:
-            self.backends["cpu"] = Explainer(model, backend="cpu", **options)
-        except BackendUnavailable as error:
-            self.missing = str(error)
+        self.missing: dict[str, str] = {}
+        for name in BACKENDS:
+            if name in ("auto", "reference"):
+                continue
+            try:
+                self.backends[name] = Explainer(model, backend=name, **options)
+            except BackendUnavailable as error:
+                self.missing[name] = str(error)
         given = self._noise() if images is None else images
         first = self.exact.explain(given, method="saliency")
         self.x = first.inputs.astype(np.float32)
@@ -277,8 +281,8 @@ class _Examination:
 
     def _agreement(self) -> Iterator[Check]:
         group = "Agreement with float64, layer by layer on the same a and R_out"
-        if self.missing:
-            yield Check(group, "all", "cpu", "not applicable", note=self.missing)
+        for name, reason in self.missing.items():
+            yield Check(group, "all", name, "not applicable", note=reason)
         for backend, explainer in self.backends.items():
             if explainer is self.exact:
                 continue
