@@ -17,9 +17,9 @@ from ..graph import Graph, InputSpec, freeze, input_spec, output_name
 from ..methods import Method, make_method
 from ..model import DAMAGE, Model, ModelSource, read_model
 from ..plan import make_plan
-from .assembly import assembled
+from .assembly import ATTRIBUTION, assembled
 from .merge import DiffersByBatch, any_batch
-from .trace import Trace, trace
+from .trace import TARGET, Trace, trace
 
 OPSET = 18  # the first that sums over axes given as an input, in every reduction
 _LARGEST = 2**31 - 1  # bytes, of a file that protobuf can hold
@@ -107,6 +107,12 @@ def explainer_model(
         raise InvalidModel(
             f"{model.name}: its batch of {image.shape[0]} samples is not provably one of "
             "independent samples; export it with a symbolic batch, or one of 1"
+        )
+    taken = {TARGET, ATTRIBUTION} & graph.shapes.keys()
+    if taken:
+        raise InvalidModel(
+            f"{model.name} has a value called {taken.pop()!r}, as an explainer calls one of its "
+            "own; rename it"
         )
     return assembled(source, graph, method, parts)
 

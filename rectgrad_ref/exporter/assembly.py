@@ -18,7 +18,7 @@ from ..model import Model
 from .tensor import Record
 from .trace import CONDITION, ITERATION, NEXT, TARGET, TOTAL, Trace, at_baseline, in_pass
 
-_ATTRIBUTION = "attribution"
+ATTRIBUTION = "attribution"
 
 
 def assembled(source: Model, graph: Graph, method: Method, parts: Trace) -> onnx.ModelProto:
@@ -46,7 +46,7 @@ def assembled(source: Model, graph: Graph, method: Method, parts: Trace) -> onnx
     for value in sorted(reads & graph.constants.keys() - there):
         constants.add(graph.constants[value], value)
     nodes = [*forward, *contrasted, *_nodes(records, constants, forward, image)]
-    nodes.append(helper.make_node("Identity", [parts.attribution], [_ATTRIBUTION]))
+    nodes.append(helper.make_node("Identity", [parts.attribution], [ATTRIBUTION]))
     used = _values_read(nodes)
     proto = helper.make_model(
         helper.make_graph(
@@ -129,7 +129,7 @@ class _Constants:
             return self._by_id[id(array)]
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._by_content or name is not None:
-            chosen = name or f"{_ATTRIBUTION}/constant_{len(self.tensors)}"
+            chosen = name or f"{ATTRIBUTION}/constant_{len(self.tensors)}"
             contiguous = np.asarray(array, order="C")
             self.tensors.append(numpy_helper.from_array(contiguous, chosen))
             self._by_content[key] = chosen
@@ -190,7 +190,7 @@ def _outputs(graph: Graph) -> list[onnx.ValueInfoProto]:
     classes = (graph.shapes[scores.name] or ())[1:]
     return [
         helper.make_tensor_value_info(scores.name, kind, [batch, *classes]),
-        helper.make_tensor_value_info(_ATTRIBUTION, TensorProto.FLOAT, [batch, *_sample(graph)]),
+        helper.make_tensor_value_info(ATTRIBUTION, TensorProto.FLOAT, [batch, *_sample(graph)]),
     ]
 
 
@@ -217,4 +217,4 @@ def _conventions(source: Model, graph: Graph, method: Method) -> dict[str, str]:
         "sha256": source.sha256,
         "rectgrad_ref": __version__,
     }
-    return {f"{_ATTRIBUTION}.{key}": value for key, value in facts.items()}
+    return {f"{ATTRIBUTION}.{key}": value for key, value in facts.items()}

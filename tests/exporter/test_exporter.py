@@ -13,9 +13,11 @@ import onnx
 import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
+from typer.testing import CliRunner
 
 import rectgrad_ref
 from rectgrad_ref import Explainer
+from rectgrad_ref.cli import app
 from rectgrad_ref.errors import InvalidModel, OutputError, UnsupportedOperator
 from rectgrad_ref.exporter import OPSET, at_least, explainer_model
 from rectgrad_ref.exporter.trace import trace
@@ -386,6 +388,22 @@ def test_open_height_and_width_have_to_be_given(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="does not fit"):
         rectgrad_ref.export(net.onnx(), out, size=(6, 6))
+
+
+def test_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "explainer.onnx"
+    arguments = ["export", str(CIFAR10_CNN), "-o", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "-m", "rectgrad", "--set", "q=90"])
+    assert result.exit_code == 0, result.output
+    assert onnx.load(out) == explainer_model(CIFAR10_CNN, make_method("rectgrad", q=90.0))
+    refused = CliRunner().invoke(app, [*arguments, "-m", "random"])
+    assert refused.exit_code == 1
+
+
+def test_a_value_called_target_is_in_the_way() -> None:
+    net = nets.model([helper.make_node("Relu", ["x"], ["target"])], ["N", 4], "target")
+    with pytest.raises(InvalidModel, match=r"'target'.*rename"):
+        explainer_model(net, make_method("saliency"))
 
 
 def test_what_cannot_be_written_is_refused_by_name_and_nothing_written(tmp_path: Path) -> None:
