@@ -123,7 +123,7 @@ def at_least(model: Model, opset: int) -> Model:
         return model
     try:
         proto = onnx.version_converter.convert_version(model.proto, opset)
-    except DAMAGE as error:
+    except (*DAMAGE, onnx.version_converter.ConvertError) as error:
         raise UnsupportedOperator(
             f"{model.name}: onnx.version_converter cannot bring it from opset {model.opset} to "
             f"{opset}, which an exported explainer needs: {error}"

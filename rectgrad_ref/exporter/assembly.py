@@ -16,7 +16,7 @@ from ..graph import Graph, sorted_nodes
 from ..methods import Method
 from ..model import Model
 from .tensor import Record
-from .trace import CONDITION, ITERATION, NEXT, TARGET, TOTAL, Trace, at_baseline, in_pass
+from .trace import CONDITION, ITERATION, NEXT, TARGET, TOTAL, Trace, at_baseline, in_graph, in_pass
 
 ATTRIBUTION = "attribution"
 
@@ -35,7 +35,8 @@ def assembled(source: Model, graph: Graph, method: Method, parts: Trace) -> onnx
     initializers = {tensor.name: tensor for tensor in model.proto.graph.initializer}
     records = _needed(parts.records, parts.attribution)
     reads = _reads(records)
-    forward = [*with_bodies(sorted_nodes(model, graph.output, image), graph.bodies, tuple(reads))]
+    names = tuple(map(in_graph, reads))
+    forward = [*with_bodies(sorted_nodes(model, graph.output, image), graph.bodies, names)]
     start = method.reference_input(np.zeros((1, *_sample(graph)), np.float32))
     if start is not None:
         tensor = numpy_helper.from_array(start.astype(graph.dtypes[image]), at_baseline(image))
@@ -43,7 +44,7 @@ def assembled(source: Model, graph: Graph, method: Method, parts: Trace) -> onnx
     contrasted = _repeated(forward, image, at_baseline, reads)
     there = {*initializers, *(v for node in forward for v in node.output)}
     constants = _Constants({id(array): v for v, array in model.initializers.items()})
-    for value in sorted(reads & graph.constants.keys() - there):
+    for value in sorted((reads | _values_read(forward)) & graph.constants.keys() - there):
         constants.add(graph.constants[value], value)
     nodes = [*forward, *contrasted, *_nodes(records, constants, forward, image)]
     nodes.append(helper.make_node("Identity", [parts.attribution], [ATTRIBUTION]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +21,16 @@ from onnx import helper, numpy_helper
 Shape = tuple[int, ...]
 Dtype = np.dtype[Any]
 
-
-# What a function is written down as: NumPy's, and those of ours that are primitives.
+# What a function is written down as: NumPy's, of which `numpy.ufunc` stands for all that work
+# element by element, and those of ours that are primitives.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def spelling(*functions: Callable[..., Any]) -> Callable[..., Any]:
+def spelling(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register how a function is spelt in ONNX."""
 
     def register(spelt: Callable[..., Any]) -> Callable[..., Any]:
-        for function in functions:
-            FUNCTIONS[function] = spelt
+        FUNCTIONS[function] = spelt
         return spelt
 
     return register
@@ -74,15 +74,13 @@ class Tape:
     def emit(
         self,
         op: str,
-        inputs: Sequence[Tensor | np.ndarray | None],
+        inputs: Sequence[Tensor | np.ndarray],
         *results: tuple[Sequence[int], Any],
         **attributes: Any,
     ) -> tuple[Tensor, ...]:
         """Write down a node; `results` are shape and dtype of each of its outputs."""
         names = [f"{self.scope}/{op}_{len(self.records)}_{i}" for i in range(len(results))]
-        arguments = tuple(
-            "" if x is None else x.name if isinstance(x, Tensor) else np.asarray(x) for x in inputs
-        )
+        arguments = tuple(x.name if isinstance(x, Tensor) else x for x in inputs)
         self.records.append(Record(op, arguments, tuple(names), attributes))
         return tuple(
             Tensor(self, name, tuple(shape), np.dtype(dtype))
@@ -127,9 +125,8 @@ class Tensor(NDArrayOperatorsMixin):
     def _filled(self) -> Tensor:
         result = (self.shape, self.dtype)
         if self.like is None:
-            return self.tape.emit("Identity", [np.full(self.shape, self.fill, self.dtype)], result)[
-                0
-            ]
+            full = np.full(self.shape, self.fill, self.dtype)
+            return self.tape.emit("Identity", [full], result)[0]
         extents = self.like.emit("Shape", shape=[self.ndim], dtype=np.int64)
         value = numpy_helper.from_array(np.full(1, self.fill, self.dtype))
         return self.tape.emit("ConstantOfShape", [extents], result, value=value)[0]
@@ -169,10 +166,10 @@ class Tensor(NDArrayOperatorsMixin):
         """What NumPy does in place: from now on this is `other`."""
         self.__dict__.update(other.__dict__)
 
-    def astype(self, dtype: Any, copy: bool = True) -> Tensor:
+    def astype(self, dtype: Any, **_: Any) -> Tensor:
         dtype = np.dtype(dtype)
         if dtype == self.dtype:
-            return self
+            return copy(self)  # what is done in place to one is not done to the other
         result = self.emit("Cast", dtype=dtype, to=helper.np_dtype_to_tensor_dtype(dtype))
         if (self.dtype, dtype) == (np.dtype(np.float32), np.dtype(np.float64)):
             result.narrow = self

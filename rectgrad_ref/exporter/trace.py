@@ -24,18 +24,24 @@ FLOAT32 = np.dtype(np.float32)
 _SMALL = 1024
 
 TARGET = "target"
+_BASELINE, _PASS = "baseline/", "pass/"
 ITERATION, CONDITION = "pass/iteration", "pass/condition"
 TOTAL, NEXT = "pass/total", "pass/next"  # the sum before and after a pass
 
 
 def at_baseline(name: str) -> str:
     """The value where the image is the baseline."""
-    return f"baseline/{name}"
+    return _BASELINE + name
 
 
 def in_pass(name: str) -> str:
     """The value at the point of a pass, of methods that take several."""
-    return f"pass/{name}"
+    return _PASS + name
+
+
+def in_graph(name: str) -> str:
+    """The value of which this is the one at a baseline or in a pass."""
+    return name.removeprefix(_BASELINE).removeprefix(_PASS)
 
 
 @dataclass

@@ -400,6 +400,34 @@ def test_command_line(tmp_path: Path) -> None:
     assert refused.exit_code == 1
 
 
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "integrated_gradients"])
+def test_operators_that_stand_for_others_and_sparse_weights(method: str) -> None:
+    w = nets.Weights(4)
+    dense = np.where(w(32, 4) > 0, w(32, 4), 0)
+    places = np.flatnonzero(dense)
+    sparse = helper.make_sparse_tensor(
+        onnx.numpy_helper.from_array(dense.ravel()[places], "B"),
+        onnx.numpy_helper.from_array(places, "places"),
+        dense.shape,
+    )
+    nodes = [
+        helper.make_node("MeanVarianceNormalization", ["x"], ["m"]),
+        helper.make_node("Relu", ["m"], ["a"]),
+        helper.make_node("Flatten", ["a"], ["f"]),
+        helper.make_node("Gemm", ["f", "B"], ["y"]),
+    ]
+    net = nets.model(nodes, ["N", 2, 4, 4], "y", opset=18)
+    net.graph.sparse_initializer.append(sparse)
+    x = w.rng.standard_normal((1, 2, 4, 4)).astype(np.float32)
+    proto = explainer_model(net, make_method(method))
+    found = in_evaluator(proto, feed_of(proto, x))["attribution"]
+    expected = Explainer(net, backend="reference").explain(x, method=method).values
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    net.opset_import[0].version = 17
+    with pytest.raises(UnsupportedOperator, match="from opset 17 to 18"):
+        explainer_model(net, make_method(method))
+
+
 def test_a_value_called_target_is_in_the_way() -> None:
     net = nets.model([helper.make_node("Relu", ["x"], ["target"])], ["N", 4], "target")
     with pytest.raises(InvalidModel, match=r"'target'.*rename"):
