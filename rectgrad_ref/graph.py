@@ -33,6 +33,8 @@ _DECIDES_SHAPES = 64
 # Cells of constants that are computed here, besides so many for each cell of the file's weights: a
 # few bytes can ask for any number of them.
 _MOST_FOLDED, _FOLDED_PER_WEIGHT = 2**27, 16
+# Products of a convolution of constants: seconds.
+_MOST_PRODUCTS = 2**33
 _PASS_THROUGH = {
     "Flatten",
     "Reshape",
@@ -401,6 +403,11 @@ class _Builder:
         if node.op not in OPERATORS:
             return None
         self._require_room(node, node.output_shapes)
+        window = math.prod(node.attributes.get("kernel_shape", ()))
+        if window * max(map(math.prod, node.output_shapes), default=0) > _MOST_PRODUCTS:
+            raise InvalidModel(
+                f"{self.model.name}: {node} is applied to constants, and too large for that"
+            )
         try:
             result = OPERATORS[node.op].forward(node, *arguments)
         except DAMAGE as error:

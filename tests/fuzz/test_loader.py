@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import hypothesis.strategies as st
+import numpy as np
 import onnx
 import pytest
 from helpers import NEWEST, float32, model
@@ -135,6 +136,20 @@ def test_constants_that_would_fill_the_memory(body: str) -> None:
     with pytest.raises(InvalidModel, match=r"far larger than its weights|does not fit"):
         explained(f"{constants} {body}  f = Cast<to = 1>({last})  g = ReduceMax<keepdims = 0>(f)"
                   "  y = Add(x, g)")  # fmt: skip
+
+
+def test_a_convolution_of_constants_that_would_take_minutes() -> None:
+    proto = model(
+        """(float[N, 4] x) => (float[N, 4] y) {
+            c = Conv(I, W)  g = ReduceMax<keepdims = 0>(c)  y = Add(x, g)
+        }""",
+        constants={
+            "I": np.zeros((1, 1, 1400, 1400), np.float32),
+            "W": np.zeros((1, 1, 700, 700), np.float32),
+        },
+    )
+    with pytest.raises(InvalidModel, match="Conv 'c' is applied to constants"):
+        Explainer(proto, backend="reference").plan()
 
 
 @pytest.mark.parametrize("calls", [{"a": "a"}, {"a": "b", "b": "a"}])
