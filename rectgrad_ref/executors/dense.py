@@ -1,17 +1,25 @@
 """Transposes of convolutions with many nonzeros: small onnxruntime graphs, channels last.
 
-With stride 1 the transpose of a convolution is a convolution with the kernel turned round and its
-channels exchanged, padded by (k − 1)·d − p, which onnxruntime runs in the same blocked layout as
-the forward pass; a matrix product for each kernel offset takes two to ten times as long. Other
-strides are ConvTranspose.
+Where a kernel covers one pixel, the transpose is a product with the matrix of weights. Else, with
+stride 1, it is a convolution with the kernel turned round and its channels exchanged, which
+onnxruntime runs in the same blocked layout as the forward pass. With stride s, what reaches pixels
+t ≡ ρ (mod s) is such a convolution with every s-th element of the kernel: one *phase* per remainder
+and axis [1]_. ConvTranspose does what is left, more slowly.
+
+References
+----------
+.. [1] W. Shi et al., "Is the deconvolution layer the same as a convolutional layer?",
+   arXiv:1609.07009, 2016.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..forward import import_onnxruntime
@@ -20,6 +28,8 @@ from .crew import at_fork
 
 # Fewer input channels than this are not worth a session of their own.
 _CHANNELS = 32
+# With fewer, putting the phases together costs more than ConvTranspose.
+_PHASED = 96
 
 
 class DenseTransposes:
@@ -46,7 +56,16 @@ class DenseTransposes:
         numpy.ndarray of float32, shape (n, H_in, W_in, C), channels as `channels` says
         """
         session = self._session(node, part, parts)
-        return np.asarray(session.run(None, {"R": np.ascontiguousarray(R)})[0])
+        results = session.run(None, {"R": np.ascontiguousarray(R)})
+        first, last = channels_of(node, part, parts)
+        phases = _phases(node, last - first)
+        if phases is None or all(s == 1 for s in node["strides"]):
+            return np.asarray(results[0])
+        whole = np.zeros((len(R), *node.input_shapes[0][2:], last - first), np.float32)
+        rows, columns = node["strides"]
+        for (y, x), result in zip(phases, results, strict=True):
+            whole[:, y.first :: rows, x.first :: columns] = result
+        return whole
 
     def _session(self, node: Node, part: int, parts: int) -> Any:
         key = (node.outputs[0], part, parts)
@@ -77,58 +96,113 @@ def channels_of(node: Node, part: int, parts: int) -> tuple[int, int]:
     return channels * part // parts, channels * (part + 1) // parts
 
 
+class _Phase(NamedTuple):
+    """Pixels t ≡ first (mod stride) of one axis, and the convolution that leads to them."""
+
+    first: int
+    taps: list[int]  # of the kernel, in the order of this convolution
+    pads: tuple[int, int]
+
+
+def _phases(node: Node, channels: int) -> list[tuple[_Phase, _Phase]] | None:
+    """Phases of both axes that any output reaches; None where ConvTranspose is better or needed."""
+    strided = any(s > 1 for s in node["strides"])
+    if strided and (channels < _PHASED or any(d > 1 for d in node["dilations"])):
+        return None
+    axes = [_axis_phases(node, axis) for axis in range(2)]
+    if any(min(phase.pads) < 0 for axis in axes for phase in axis):
+        return None
+    return list(product(*axes))
+
+
+def _axis_phases(node: Node, axis: int) -> list[_Phase]:
+    """With t + pad = s·m + ρ and kernel elements i = ρ + s·k, output o = m − k contributes."""
+    size, stride = node["kernel_shape"][axis], node["strides"][axis]
+    dilation, pad = node["dilations"][axis], node["pads"][axis]
+    extent, outputs = node.input_shapes[0][2 + axis], node.output_shapes[0][2 + axis]
+    phases = []
+    for remainder in range(stride):
+        taps = list(range(remainder, size, stride))[::-1]
+        m_first = -((remainder - pad) // stride)
+        count = (extent - 1 + pad - remainder) // stride - m_first + 1
+        reach = (len(taps) - 1) * dilation
+        before = reach - m_first
+        pads = (before, count + reach - outputs - before)
+        if taps and count > 0:
+            phases.append(_Phase(stride * m_first + remainder - pad, taps, pads))
+    return phases
+
+
 def _graph(node: Node, part: int, parts: int) -> bytes:
     weights = node.constants[1]
     assert weights is not None
     if parts > 1:
         weights = weights[:, slice(*channels_of(node, part, parts))]
     weights = weights.astype(np.float32, copy=False)
+    if _is_matrix(node):
+        matmul = helper.make_node("MatMul", ["R", "W"], ["last"])
+        return _model([matmul], {"W": weights[:, :, 0, 0]}, ["last"])
+    nodes = [helper.make_node("Transpose", ["R"], ["first"], perm=[0, 3, 1, 2])]
     attributes = {"group": node["group"], "dilations": list(node["dilations"])}
-    rank = len(node["kernel_shape"])
-    pads = [
-        (size - 1) * dilation - pad
-        for size, dilation, pad in zip(
-            node["kernel_shape"] * 2, node["dilations"] * 2, node["pads"], strict=True
-        )
-    ]
-    if all(s == 1 for s in node["strides"]) and min(pads) >= 0:
-        # What was the padding after an axis is now before it, and the kernel is symmetric about it.
-        op, weights = "Conv", _turned(weights, node["group"])
-        attributes["pads"] = pads
-    else:
-        op = "ConvTranspose"
+    phases = _phases(node, weights.shape[1] * node["group"])
+    if phases is None:
         attributes["strides"] = list(node["strides"])
         attributes["pads"] = list(node["pads"])
-        attributes["output_padding"] = _left_over(node, rank)
-    nodes = [
-        helper.make_node("Transpose", ["R"], ["first"], perm=[0, 3, 1, 2]),
-        helper.make_node(op, ["first", "W"], ["result"], **attributes),
-        helper.make_node("Transpose", ["result"], ["last"], perm=[0, 2, 3, 1]),
+        attributes["output_padding"] = _left_over(node)
+        nodes += _channels_last("ConvTranspose", "", attributes)
+        return _model(nodes, {"W": weights}, ["last"])
+    kernels = {}
+    for i, (y, x) in enumerate(phases):
+        attributes["pads"] = [y.pads[0], x.pads[0], y.pads[1], x.pads[1]]
+        nodes += _channels_last("Conv", str(i), attributes)
+        kernels[f"W{i}"] = _exchanged(weights[:, :, y.taps][..., x.taps], node["group"])
+    return _model(nodes, kernels, [f"last{i}" for i in range(len(phases))])
+
+
+def _is_matrix(node: Node) -> bool:
+    plain = all(n == 1 for n in (*node["kernel_shape"], *node["strides"]))
+    return plain and not any(node["pads"]) and node["group"] == 1
+
+
+def _channels_last(op: str, name: str, attributes: dict[str, Any]) -> list[onnx.NodeProto]:
+    inputs, result = ["first", f"W{name}"], f"result{name}"
+    return [
+        helper.make_node(op, inputs, [result], **attributes),
+        helper.make_node("Transpose", [result], [f"last{name}"], perm=[0, 2, 3, 1]),
     ]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("R", "last")]
+
+
+def _model(
+    nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], outputs: list[str]
+) -> bytes:
+    def declared(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
     graph = helper.make_graph(
-        nodes, "transpose", values[:1], values[1:], [numpy_helper.from_array(weights, "W")]
+        nodes,
+        "transpose",
+        [declared("R")],
+        [declared(name) for name in outputs],
+        [numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     return model.SerializeToString()
 
 
-def _turned(weights: np.ndarray, group: int) -> np.ndarray:
-    """(G·M, C, kh, kw) → (G·C, M, kh, kw), both kernel axes reversed."""
+def _exchanged(weights: np.ndarray, group: int) -> np.ndarray:
+    """(G·M, C, kh, kw) → (G·C, M, kh, kw)."""
     m, c, kh, kw = weights.shape
-    split = weights.reshape(group, m // group, c, kh, kw)[..., ::-1, ::-1]
-    return np.ascontiguousarray(split.transpose(0, 2, 1, 3, 4)).reshape(
-        group * c, m // group, kh, kw
-    )
+    split = weights.reshape(group, m // group, c, kh, kw)
+    return split.transpose(0, 2, 1, 3, 4).reshape(group * c, m // group, kh, kw)
 
 
-def _left_over(node: Node, rank: int) -> list[int]:
+def _left_over(node: Node) -> list[int]:
     """Input cells after the last that the convolution reached."""
     result = []
-    for i in range(rank):
+    for i in range(2):
         reached = (node.output_shapes[0][2 + i] - 1) * node["strides"][i]
         reached += (node["kernel_shape"][i] - 1) * node["dilations"][i] + 1
-        declared = node.input_shapes[0][2 + i] + node["pads"][i] + node["pads"][rank + i]
+        declared = node.input_shapes[0][2 + i] + node["pads"][i] + node["pads"][2 + i]
         result.append(declared - reached)
     return result
 
