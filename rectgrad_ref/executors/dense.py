@@ -109,10 +109,10 @@ def _phases(node: Node, channels: int) -> list[tuple[_Phase, _Phase]] | None:
     strided = any(s > 1 for s in node["strides"])
     if strided and (channels < _PHASED or any(d > 1 for d in node["dilations"])):
         return None
-    axes = [_axis_phases(node, axis) for axis in range(2)]
-    if any(min(phase.pads) < 0 for axis in axes for phase in axis):
+    rows, columns = (_axis_phases(node, axis) for axis in range(2))
+    if any(min(phase.pads) < 0 for phase in (*rows, *columns)):
         return None
-    return list(product(*axes))
+    return list(product(rows, columns))
 
 
 def _axis_phases(node: Node, axis: int) -> list[_Phase]:
