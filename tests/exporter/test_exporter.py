@@ -297,6 +297,23 @@ def test_models_of_many_exporters(shared_data: Path, model: str) -> None:
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_half_precision_networks_have_maps_in_single() -> None:
+    w = nets.Weights(1, integers=True)
+    net = nets.plain(w)
+    proto, x, half = net.onnx(), w.images(net, 2), onnx.TensorProto.FLOAT16
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = half
+    method = method_of("rectgrad")
+    explainer = explainer_model(proto, method)
+    found = in_onnxruntime(explainer, feed_of(explainer, x.astype(np.float16)))["attribution"]
+    expected = Explainer(proto, backend="reference", dtype="float32").explain(x, method=method)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.values)
+
+
 def test_a_product_that_underflows_is_positive() -> None:
     """At τ = 0 signs decide: 1e-30 · 1e-30 is no zero."""
     tiny = np.float32(1e-30)
