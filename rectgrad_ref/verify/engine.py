@@ -9,7 +9,7 @@ float64; scores are rounded to the dtype of the bundle before they meet τ, as t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
@@ -206,6 +206,7 @@ class Engine:
         self._values: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
         self._given: dict[Given, list[Given]] = {}
         self._numbers: dict[tuple[Hashable, ...], int] = {}
+        self._constants: dict[str, np.ndarray] = {}
         self.shared: dict[int, _Gradient] = {}
 
     def _fastest(self) -> Backend:
@@ -293,6 +294,12 @@ class Engine:
         seed = seed_at(scores, self.target[rows], conventions.method.output_seed)
         return seed / len(self.x) if conventions.seed == "mean" else seed
 
+    def constants(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Weights in float64, converted once for all walks."""
+        new = {v: self.graph.constants[v] for v in names if v not in self._constants}
+        self._constants |= constants_as(new, np.dtype(np.float64))
+        return {v: self._constants[v] for v in names}
+
     def _plan(self, conventions: Conventions) -> Plan:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -365,8 +372,7 @@ class _Pass:
         outputs = [step.node.outputs[0] for step in plan.steps if step.node.name in plan.layers]
         values = engine._forward_values(conventions.swapped, group, (*plan.exposes, *outputs))
         read = {v for step in plan.steps for v in step.reads} & graph.constants.keys()
-        constants = constants_as({v: graph.constants[v] for v in read}, np.dtype(np.float64))
-        self.values = {**constants, **values}
+        self.values = {**engine.constants(read), **values}
         self.unit = _ROUNDING[engine.dtype]
         self.sees, self.wants_near = (conventions.swapped, group), wants_near
         self.layers = {s.node.outputs[0] for s in plan.steps if s.node.name in plan.layers}
