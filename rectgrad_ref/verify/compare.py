@@ -304,7 +304,9 @@ def map_row(
         scale=scale,
         border=border,
         moves=moves,
-        notes=_scale_notes(scale[_peak(expected).ravel() > 0], len(scale), verdict, tolerance),
+        notes=_scale_notes(
+            scale[_peak(expected).ravel() > 0], len(scale), verdict, distance, tolerance
+        ),
         expected=expected,
         found=theirs,
     )
@@ -498,11 +500,12 @@ def _border(
 
 
 def _scale_notes(
-    scale: np.ndarray, samples: int, verdict: Verdict, tolerance: float
+    scale: np.ndarray, samples: int, verdict: Verdict, distance: float, tolerance: float
 ) -> tuple[str, ...]:
     """What the factors of the samples whose maps are not zero are."""
     notes = []
-    if (scale < 0).any():
+    # Of two maps that have nothing in common, a factor's sign is chance.
+    if (scale < 0).any() and distance < 0.5:
         notes.append("the sign is reversed")
     size = np.abs(scale)
     if verdict != "different" and np.abs(size - 1).max(initial=0) > max(tolerance, 1e-5):

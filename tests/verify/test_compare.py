@@ -236,6 +236,13 @@ def test_sign_is_factored_out_and_said(bundle: Bundle) -> None:
     assert row.scale == pytest.approx([-1] * 3)
 
 
+def test_another_map_has_no_sign_of_ours(bundle: Bundle) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        row = compare(bundle, rng.normal(size=bundle.values.shape).astype(np.float32)).map
+        assert row is not None and row.verdict == "different" and not row.notes
+
+
 @pytest.mark.parametrize("cells", [1, 2, 3])
 def test_the_border_is_said(bundle: Bundle, cells: int) -> None:
     values = bundle.values.copy()
