@@ -23,6 +23,17 @@ from rectgrad_ref.rules.registry import OPERATORS, find_vjp
 
 NEWEST = onnx.defs.onnx_opset_version()
 
+# A small classifier, for what happens to whole files; its constants are W, V and b.
+CONVOLUTIONAL = """(float[N, 3, 6, 6] x) => (float[N, 4] y) {
+    c = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(x, W)
+    r = Relu(c)
+    p = MaxPool<kernel_shape = [2, 2]>(r)
+    k = Constant<value_ints = [0, -1]>()
+    f = Reshape(p, k)
+    z = Gemm<transB = 1>(f, V, b)
+    y = Softmax(z)
+}"""
+
 # Deterministic, and of this size because there are some seventy operators.
 quick = settings(
     max_examples=20,

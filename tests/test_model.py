@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import NEWEST, float32, model
+from helpers import CONVOLUTIONAL, NEWEST, float32, model
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from rectgrad_ref.errors import InvalidModel
@@ -98,17 +98,6 @@ def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
 def test_what_is_no_source() -> None:
     with pytest.raises(TypeError, match="got int"):
         read_model(3)  # type: ignore[arg-type]
-
-
-CONVOLUTIONAL = """(float[N, 3, 6, 6] x) => (float[N, 4] y) {
-    c = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(x, W)
-    r = Relu(c)
-    p = MaxPool<kernel_shape = [2, 2]>(r)
-    k = Constant<value_ints = [0, -1]>()
-    f = Reshape(p, k)
-    z = Gemm<transB = 1>(f, V, b)
-    y = Softmax(z)
-}"""
 
 
 def convolutional() -> bytes:

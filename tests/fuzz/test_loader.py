@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import numpy as np
 import onnx
 import pytest
-from helpers import NEWEST, float32, model
+from helpers import CONVOLUTIONAL, NEWEST, float32, model
 from hypothesis import given, settings
 from mutations import damage_bytes, damage_model
 
@@ -22,16 +22,8 @@ from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidModel, UnsupportedOperator
 
 TESTS = Path(__file__).resolve().parents[1]
-CONVOLUTIONAL = model(
-    """(float[N, 3, 6, 6] x) => (float[N, 4] y) {
-        c = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(x, W)
-        r = Relu(c)
-        p = MaxPool<kernel_shape = [2, 2]>(r)
-        k = Constant<value_ints = [0, -1]>()
-        f = Reshape(p, k)
-        z = Gemm<transB = 1>(f, V, b)
-        y = Softmax(z)
-    }""",
+CLASSIFIER = model(
+    CONVOLUTIONAL,
     constants={"W": float32(2, 3, 3, 3), "V": float32(4, 2), "b": float32(4)},
 )
 LOOPING = model(
@@ -58,7 +50,7 @@ def loaded(data: bytes) -> None:
 @settings(max_examples=400)
 @given(random=st.randoms(use_true_random=False))
 def test_damage_that_hypothesis_chooses(random: Random) -> None:
-    sound, other = random.sample((CONVOLUTIONAL, LOOPING), 2)
+    sound, other = random.sample((CLASSIFIER, LOOPING), 2)
     if random.random() < 0.5:
         loaded(damage_model(sound, other, random).SerializeToString())
     else:
