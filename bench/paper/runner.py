@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,10 +33,14 @@ Unit = Callable[[], Arrays]
 
 
 class Results(Mapping[str, Arrays]):
-    """What units found, by their names, read from the folder when asked for."""
+    """What units found, by their names, read from the folder when asked for.
 
-    def __init__(self, folder: Path) -> None:
+    `names` are the units that count, where others may lie beside them.
+    """
+
+    def __init__(self, folder: Path, names: Collection[str] | None = None) -> None:
         self.folder = folder
+        self._names = names
 
     def __getitem__(self, key: str) -> Arrays:
         if key not in self:
@@ -49,11 +53,13 @@ class Results(Mapping[str, Arrays]):
             }
 
     def __contains__(self, key: object) -> bool:
-        return self.path(str(key)).exists()
+        known = self._names is None or key in self._names
+        return known and self.path(str(key)).exists()
 
     def __iter__(self) -> Iterator[str]:
         # A temporary file of an interrupted run begins with a dot.
-        return (path.stem for path in sorted(self.folder.glob("[!.]*.npz")))
+        stems = (path.stem for path in sorted(self.folder.glob("[!.]*.npz")))
+        return (stem for stem in stems if stem in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -86,6 +92,9 @@ class Experiment(ABC):
         Settings with which it ends within five minutes on two cores.
     revision
         Of what units compute and store; raised so that older results are not taken for newer ones.
+    extent
+        The settings that decide which units there are, and nothing about what one of them finds:
+        a run that raises them starts from the units of those before it.
     """
 
     name: ClassVar[str]
@@ -94,6 +103,7 @@ class Experiment(ABC):
     paper: ClassVar[str]
     quick: ClassVar[Mapping[str, Any]] = {}
     revision: ClassVar[int] = 1
+    extent: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def inputs(self, sources: Sources) -> dict[str, str]:
@@ -128,7 +138,7 @@ def run(
     work : Path
         Folder of the units' results and of pictures. A unit whose file is there is not done again,
         so that an interrupted run goes on where it was; the files of other settings, seeds,
-        networks or data are never taken for it.
+        networks or data are never taken for it (but see `Experiment.extent`).
     out : Path
         Folder of `<name>.json` and the plots.
 
@@ -138,20 +148,23 @@ def run(
         The JSON file.
     """
     inputs = experiment.inputs(sources)
+    settings = asdict(experiment)
     identity = {
-        "settings": asdict(experiment),
+        "settings": settings,
         "revision": experiment.revision,
         "seed": sources.seed,
         "backend": sources.backend,
         "inputs": inputs,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    decisive = {key: settings[key] for key in settings if key not in experiment.extent}
+    hashed = json.dumps(identity | {"settings": decisive}, sort_keys=True)
+    digest = hashlib.sha256(hashed.encode()).hexdigest()[:12]
     folder = work / f"{experiment.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     machine = describe()
-    found = Results(folder)
-    units = experiment.units(sources, found)
+    units = experiment.units(sources, Results(folder))
+    found = Results(folder, units)
     with _progress(console) as progress:
         bar = progress.add_task(experiment.name, total=len(units))
         for key, unit in units.items():

@@ -76,6 +76,8 @@ class Roar(Experiment):
         "networks": 1,
     }
 
+    extent: ClassVar[frozenset[str]] = frozenset({"fractions", "networks"})
+
     train_images: int = 50_000
     test_images: int = 10_000
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -102,19 +104,27 @@ class Roar(Experiment):
                     units[f"ranks-{estimator}-{split}-{key}"] = partial(
                         pixel_ranks, explainer, method, part.images, rows, sources.seed
                     )
-        # A GPU is only busy with many networks at once; a CPU is faster with one after the other.
-        together = len(self.fractions) * self.networks if sources.device != "cpu" else 1
-        for stack in self._stacks(together):
+        for stack in self._stacks(stacked=sources.device != "cpu"):
             units[f"accuracy-{_label(stack)}"] = partial(self._retrain, sources, done, data, stack)
         return units
 
-    def _stacks(self, together: int) -> Iterator[list[Member]]:
-        """All networks, in groups of one estimator and test that are trained at once."""
+    def _stacks(self, *, stacked: bool) -> Iterator[list[Member]]:
+        """All networks, in groups of one estimator and test that are trained at once.
+
+        A GPU is only busy with many at once. A CPU is faster with one after the other: seed by
+        seed and fraction by fraction, so that what is done early is a smaller result, and whole.
+        """
         seeds = range(self.networks)
-        yield from _groups([Member(BASELINE, "ROAR", 0.0, s) for s in seeds], together)
-        for test, estimator in itertools.product(TESTS, estimators()):
-            members = [Member(estimator, test, f, s) for f in self.fractions for s in seeds]
-            yield from _groups(members, together)
+        baselines = [Member(BASELINE, "ROAR", 0.0, seed) for seed in seeds]
+        tests = [
+            [Member(estimator, test, f, seed) for f in self.fractions for seed in seeds]
+            for estimator, test in itertools.product(estimators(), TESTS)
+        ]
+        if stacked:
+            yield from (baselines, *tests)
+        else:
+            members = itertools.chain(baselines, *tests)
+            yield from ([m] for m in sorted(members, key=lambda m: (m.seed, m.fraction)))
 
     def _retrain(
         self,
@@ -360,13 +370,11 @@ def _first(data: Cifar10, count: int) -> Cifar10:
     return Cifar10(data.images[:count], data.labels[:count], data.class_names)
 
 
-def _groups(members: Sequence[Member], size: int) -> Iterator[list[Member]]:
-    return (list(members[i : i + size]) for i in range(0, len(members), size))
-
-
 def _label(stack: Sequence[Member]) -> str:
-    """Of a unit of work: its first member, and how many there are."""
-    return f"{stack[0].label}, {len(stack)}"
+    """Of a unit of work: its members, which differ in fraction and seed."""
+    fractions = " ".join(dict.fromkeys(f"{member.fraction:g}" for member in stack))
+    seeds = " ".join(dict.fromkeys(f"{member.seed}" for member in stack))
+    return f"{stack[0].test}, {stack[0].estimator}, {fractions}, {seeds}"
 
 
 def _cells(a: Area) -> list[str]:
