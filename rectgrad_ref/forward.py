@@ -189,6 +189,8 @@ class OnnxruntimeForward:
             options.log_severity_level = 3
             # Threads that spin on after a run would take the processors from the walk back.
             options.add_session_config_entry("session.force_spinning_stop", "1")
+            # Planned memory would be held beside what the first run took, which serves as well.
+            options.enable_mem_pattern = False
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
             data = self._exposed(graph, names, last)

@@ -64,16 +64,14 @@ def forward(report: Report, model: str, images: str, backend: str, threads: int)
     """The forward pass that hands over all ReLU outputs, twice."""
     import numpy as np
 
-    from rectgrad_ref.forward import OnnxruntimeForward
-    from rectgrad_ref.graph import freeze, input_spec
+    from rectgrad_ref.graph import freeze
     from rectgrad_ref.model import read_model
 
     from .contenders import exposed_forward
 
     loaded = read_model(model)
-    runtime = OnnxruntimeForward(loaded, input_spec(loaded).name, rebatch=False, threads=threads)
     x = np.load(images)
-    contender = exposed_forward(runtime, freeze(loaded, x.shape), x)
+    contender = exposed_forward(loaded, freeze(loaded, x.shape), x, threads)
     report.figures["MiB before"] = peak_memory()
     report.timed("first", contender.call)
     report.timed("second", contender.call)

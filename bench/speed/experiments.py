@@ -163,7 +163,7 @@ def by_q(measured: Subject, settings: Settings) -> Iterator[Trial]:
     """RectGrad at many q, as it is, and with every convolution's transpose made dense."""
     explainer, dense = settings.explainer(measured.path), settings.explainer(measured.path)
     x = photographs(measured.typical_batch, explainer.input)
-    contenders = [plain_forward(explainer, x, settings.threads)]
+    contenders = [plain_forward(explainer.model, x, settings.threads)]
     for q in QUANTILES:
         contenders.append(explanation(explainer, x, "rectgrad", q=q))
         forced = explanation(dense, x, "rectgrad", by=DENSE, q=q)
@@ -192,7 +192,7 @@ def by_size(measured: Subject, settings: Settings) -> Iterator[Trial]:
 
 
 def _scaling(explainer: Explainer, x: np.ndarray, settings: Settings) -> Trial:
-    forward = plain_forward(explainer, x, settings.threads)
+    forward = plain_forward(explainer.model, x, settings.threads)
     return Trial(x, [forward, explanation(explainer, x, "rectgrad")])
 
 
