@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import numpy as np
 
 from .errors import OutputError
 from .files import atomic_write
+from .images import Layout, pictures
 from .methods import Method
+from .preprocess import Preprocess, PreprocessFunction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,8 +67,8 @@ class Attribution:
     head : str or None
         Operator with which the model ends after its logits, such as ``"Softmax"``.
     class_names : sequence of str or None
-    pictures : numpy.ndarray or None, shape (N, H, W, 3)
-        RGB uint8, pixel by pixel what the model saw.
+    preprocess : Preprocess, function or None
+        What made the inputs of pictures, if it is known.
     notes : tuple of str
         What was said about this method on this model.
     completeness_gap : numpy.ndarray or None, shape (N,)
@@ -77,11 +80,11 @@ class Attribution:
     logits: np.ndarray = field(repr=False)
     target: np.ndarray
     method: Method
-    layout: str | None
+    layout: Layout | None
     environment: dict[str, Any]
     head: str | None = None
     class_names: Sequence[str] | None = field(default=None, repr=False)
-    pictures: np.ndarray | None = field(default=None, repr=False)
+    preprocess: Preprocess | PreprocessFunction | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     completeness_gap: np.ndarray | None = None
     trace: Mapping[str, Layer] | None = field(default=None, repr=False)
@@ -91,6 +94,11 @@ class Attribution:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @cached_property
+    def pictures(self) -> np.ndarray | None:
+        """Pixel by pixel what the model saw; see `images.pictures`."""
+        return pictures(self.inputs, self.layout, self.preprocess)
 
     @property
     def probabilities(self) -> np.ndarray:

@@ -305,7 +305,7 @@ def _joined(parts: Sequence[Attribution]) -> Attribution:
         arrays = [getattr(item, name) for item in items]
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    names = ("values", "inputs", "logits", "target", "pictures", "completeness_gap")
+    names = ("values", "inputs", "logits", "target", "completeness_gap")
     trace = None
     if first.trace is not None:
         trace = {

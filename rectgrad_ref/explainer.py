@@ -17,11 +17,12 @@ from .attribution import Attribution, Layer
 from .errors import InvalidModel, InvalidTarget, RectGradWarning
 from .executors import Backend, Runner, make_backend
 from .graph import Graph, InputSpec, freeze, input_spec, output_name
-from .images import Layout, PreprocessLike, infer_layout, prepare
+from .images import Layout, infer_layout, prepare
 from .labels import class_names
 from .methods import METHODS, Method, make_method
 from .model import Model, ModelSource, read_model
 from .plan import Plan, Step, make_plan
+from .preprocess import PreprocessLike
 from .reference import Observer
 from .rules.declared import Rectify
 
@@ -55,7 +56,7 @@ class Explainer:
     input, output : str, optional
         Names of the image input and of the class scores, where the model has several.
     preprocess : optional
-        How pictures become inputs: see `rectgrad_ref.images.resolve_preprocess`.
+        How pictures become inputs: see `rectgrad_ref.preprocess.resolve_preprocess`.
     labels : path or sequence of str, optional
         Class names: see `rectgrad_ref.labels.class_names`.
     layout : str, optional
@@ -188,11 +189,11 @@ class Explainer:
             logits=run.logits,
             target=run.target,
             method=chosen,
-            layout=self.layout,
+            layout=prepared.layout,
             environment=self.environment,
             head=run.head,
             class_names=run.names,
-            pictures=prepared.pictures,
+            preprocess=prepared.preprocess,
             notes=tuple(run.notes),
             completeness_gap=run.gap(values),
             trace=layers,

@@ -19,10 +19,10 @@ from ..executors.runner import Runner, StepwiseRunner
 from ..explainer import Explainer
 from ..forward import Forward
 from ..graph import Graph
-from ..images import PreprocessLike
 from ..methods import DeepLift, Method, RectGrad, make_method
 from ..model import ModelSource
 from ..plan import Plan
+from ..preprocess import PreprocessLike
 from .compare import Row, row_of, sensitivity
 from .engine import Conventions, Engine, Given
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from rectgrad_ref.errors import InvalidModel, OutputError
-from rectgrad_ref.images import PRESETS
 from rectgrad_ref.onnx_models import inception_v4, published
 from rectgrad_ref.onnx_models.published import MODELS, build, find, get
+from rectgrad_ref.preprocess import PRESETS
 
 
 @pytest.fixture
