@@ -41,6 +41,7 @@ class _Prepared:
     graph: Graph
     plan: Plan
     runner: Runner
+    notes: tuple[str, ...]
 
 
 class Explainer:
@@ -194,7 +195,7 @@ class Explainer:
             head=run.head,
             class_names=run.names,
             preprocess=prepared.preprocess,
-            notes=tuple(run.notes),
+            notes=run.notes,
             completeness_gap=run.gap(values),
             trace=layers,
         )
@@ -216,7 +217,7 @@ class Explainer:
         """
         chosen = make_method(method, preset, **options)
         prepared = self._prepare(self._example_shape(), chosen)
-        return PlanListing(prepared.plan, self.backend, tuple(chosen.notes(prepared.graph)))
+        return PlanListing(prepared.plan, self.backend, prepared.notes)
 
     @property
     def graph(self) -> Graph:
@@ -274,7 +275,8 @@ class Explainer:
             graph = self._graph(shape)
             straight_through = method.quantization == "straight_through"
             plan = make_plan(graph, method.rules(graph), straight_through=straight_through)
-            self._plans[key] = _Prepared(graph, plan, self.backend.runner(plan))
+            runner, notes = self.backend.runner(plan), tuple(method.notes(graph))
+            self._plans[key] = _Prepared(graph, plan, runner, notes)
         return self._plans[key]
 
     def _graph(self, shape: tuple[int, ...]) -> Graph:
@@ -311,7 +313,7 @@ class _Run:
         first = self._prepared(1)
         self.head = first.graph.head
         self.chunk = explainer.chunk(first)
-        self.notes = method.notes(self._prepared(min(self.chunk, max(len(x), 1))).graph)
+        self.notes = self._prepared(min(self.chunk, max(len(x), 1))).notes
         self.names = explainer.class_names(first.graph.classes)
         if method.whole_batch and len(x) > self.chunk and method.walks_once:
             raise ValueError(
