@@ -68,27 +68,32 @@ class Comparison:
 
     Attributes
     ----------
-    median
-        Of ours − other.
     wins
-        Fraction of the images on which ours is lower, ties counted half.
+        Fraction of the images on which ours is lower, averaged over networks; ties counted half.
     p
         Of Wilcoxon's signed-rank test, two-sided; after `compare` corrected by Holm's method.
+    network_wins
+        The same fraction for every network alone.
     """
 
-    median: float
     wins: float
     p: float
+    network_wins: Sequence[float]
 
     @property
     def lower(self) -> bool:
-        """Ours is lower, and not by chance."""
-        return self.wins > 0.5 and self.p < SIGNIFICANT
+        """Ours is lower, on every network, and not by chance of the images."""
+        return self.p < SIGNIFICANT and min(self.wins, *self.network_wins) > 0.5
 
     @property
     def higher(self) -> bool:
-        """Ours is higher, and not by chance."""
-        return self.wins < 0.5 and self.p < SIGNIFICANT
+        """Ours is higher, on every network, and not by chance of the images."""
+        return self.p < SIGNIFICANT and max(self.wins, *self.network_wins) < 0.5
+
+    @property
+    def agree(self) -> int:
+        """How many networks have it as their average has it."""
+        return sum((wins > 0.5) == (self.wins > 0.5) for wins in self.network_wins)
 
 
 def compare(ours: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
@@ -96,19 +101,21 @@ def compare(ours: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, Com
 
     Parameters
     ----------
-    ours : numpy.ndarray, shape (N,)
-    others : mapping of str to numpy.ndarray, shape (N,)
+    ours : numpy.ndarray, shape (N,) or (networks, N)
+        Of several networks each image's mean is tested.
+    others : mapping of str to numpy.ndarray, of the same shape
     """
-    raw = {name: _signed_rank(ours - other) for name, other in others.items()}
+    differences = {name: np.atleast_2d(ours - other) for name, other in others.items()}
+    raw = {name: _signed_rank(d.mean(axis=0)) for name, d in differences.items()}
     corrected = dict(zip(raw, _holm(list(raw.values())), strict=True))
     return {
-        name: Comparison(
-            float(np.median(ours - other)),
-            float(np.mean(ours < other) + np.mean(ours == other) / 2),
-            corrected[name],
-        )
-        for name, other in others.items()
+        name: Comparison(_wins(d.mean(axis=0)), corrected[name], [_wins(row) for row in d])
+        for name, d in differences.items()
     }
+
+
+def _wins(difference: np.ndarray) -> float:
+    return float(np.mean(difference < 0) + np.mean(difference == 0) / 2)
 
 
 def _signed_rank(difference: np.ndarray) -> float:
@@ -127,19 +134,29 @@ def _holm(p: Sequence[float]) -> list[float]:
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:
-    """Lower quartile, median, upper quartile and mean."""
-    low, median, high = np.percentile(values, (25, 50, 75))
-    return {
-        "lower": float(low),
-        "median": float(median),
-        "upper": float(high),
+    """Quartiles and mean over images, averaged over networks, and the spread of the median.
+
+    `values` has the shape (N,) or (networks, N).
+    """
+    networks = np.atleast_2d(values)
+    low, median, high = np.percentile(networks, (25, 50, 75), axis=1)
+    found = {
+        "lower": float(low.mean()),
+        "median": float(median.mean()),
+        "upper": float(high.mean()),
         "mean": float(values.mean()),
     }
+    return found | ({"sd of medians": float(median.std(ddof=1))} if len(networks) > 1 else {})
 
 
 def number(value: float) -> str:
     """Three significant digits."""
     return f"{value:.3g}" if value and abs(value) < 1000 else f"{value:.0f}"
+
+
+def networks_used(count: int) -> str:
+    """In words."""
+    return f"{count} networks (seeds 0 to {count - 1})" if count > 1 else "one network (seed 0)"
 
 
 def p_value(p: float) -> str:
@@ -149,9 +166,19 @@ def p_value(p: float) -> str:
 def lower_than(ours: str, pairs: Mapping[str, Comparison]) -> str:
     """On how many images ours is lower than each other method, as one sentence."""
     wins = ", ".join(f"{name} on {pair.wins:.0%}" for name, pair in pairs.items())
+    return f"{ours} is lower than {wins} of the images; {least_sure(pairs)}"
+
+
+def least_sure(pairs: Mapping[str, Comparison]) -> str:
+    """The largest p-value, and where networks disagree most."""
     largest = max(pairs, key=lambda name: pairs[name].p)
-    least_sure = f"{p_value(pairs[largest].p)} for {largest}"
-    return f"{ours} is lower than {wins} of the images; least sure: {least_sure}"
+    text = f"least sure: {p_value(pairs[largest].p)}" + (f" for {largest}" if largest else "")
+    count = len(pairs[largest].network_wins)
+    if count > 1:
+        split = min(pairs, key=lambda name: pairs[name].agree)
+        where = f" for {split}" if split and pairs[split].agree < count else ""
+        text += f"; the same on {pairs[split].agree} of {count} networks{where}"
+    return text
 
 
 def distribution_table(
@@ -162,6 +189,11 @@ def distribution_table(
     rows = []
     for name, sample in values.items():
         q = quartiles(sample)
-        row = [name, number(q["lower"]), number(q["median"]), number(q["upper"])]
+        median = number(q["median"])
+        if "sd of medians" in q:
+            median += f" ± {number(q['sd of medians'])}"
+        row = [name, number(q["lower"]), median, number(q["upper"])]
         rows.append([*row, paper.get(name, "–")] if paper else row)
-    return Table([*head, "paper's median, about"] if paper else head, rows, note)
+    if any(sample.ndim > 1 and len(sample) > 1 for sample in values.values()):
+        note += " Quartiles are means over networks, ± their standard deviation."
+    return Table([*head, "paper's median, about"] if paper else head, rows, note.strip())

@@ -42,11 +42,12 @@ def boxes(
 ) -> None:
     """Horizontal boxes in the given order: quartiles, whiskers to 1.5 times their distance.
 
-    `paper` adds the medians that the paper shows.
+    Where there are several networks, values are (networks, N), boxes are of all of them, and a dot
+    is one network's median. `paper` adds the medians that the paper shows.
     """
     names = list(values)
     drawn = ax.boxplot(
-        [values[name] for name in names],
+        [values[name].ravel() for name in names],
         orientation="horizontal",
         showfliers=False,
         widths=0.6,
@@ -56,6 +57,11 @@ def boxes(
         colour = OURS if name in ours else OTHER
         box.set(facecolor="white", edgecolor=colour)
         median.set(color=colour, linewidth=2)
+    for i, name in enumerate(names):
+        if values[name].ndim > 1:
+            medians = np.median(values[name], axis=1)
+            colour = OURS if name in ours else OTHER
+            ax.plot(medians, np.full(len(medians), i + 1), ".", color=colour, markersize=4)
     if paper:
         known = [i + 1 for i, name in enumerate(names) if name in paper]
         marks = [paper[names[i - 1]] for i in known]

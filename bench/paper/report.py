@@ -1,49 +1,78 @@
-"""RESULTS.md, made of the JSON files of all experiments and of nothing else."""
+"""RESULTS.md, made of the JSON files of a suite of experiments and of nothing else."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rectgrad_ref.files import atomic_write
 
 from .evidence import SIGNIFICANT
-from .experiments import EXPERIMENTS
+from .runner import Experiment
 
-_INTRODUCTION = f"""\
-# The paper's experiments, reproduced
-
-Kim et al. 2019, *Why are Saliency Maps Noisy? Cause of and Solution to Noisy Saliency Maps*.
-
-This file is written by `python -m bench.paper report` from the JSON files in `{{results}}`, which
-`python -m bench.paper all` writes; no number is typed by hand. A claim of the paper holds here if
+_METHOD = """\
+This file is written by `python -m bench.{suite.name} report` from the JSON files in `{results}`,
+which `python -m bench.{suite.name} all` writes; no number is typed by hand. A claim holds here if
 the numbers say so and the difference is significant: paired over the images, Wilcoxon's
-signed-rank test, p < {SIGNIFICANT} after Holm's correction for all methods compared, unless a claim
-says otherwise. The verdict counts claims: all, some or none of them hold. Significance is over
-images for one trained network, not over networks. CIFAR-10 and photographs are not ours to
-publish, so the pictures stay in the work folder and only plots of numbers are here.
+signed-rank test, p < {significant} after Holm's correction for all methods compared, unless it says
+otherwise. Where there are several networks, an image's number is its mean over them, and the order
+must be the same on each of them alone; elsewhere significance is over images for one trained
+network. The verdict counts claims: all, some or none of them hold. CIFAR-10 and photographs are
+not ours to publish, so pictures stay in the work folder and only plots of numbers are here.
 """
 
 
-def write(results: Path, destination: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Experiments that are run by one command and reported in one file.
+
+    Attributes
+    ----------
+    name
+        Of the package in `bench`.
+    folder
+        Of RESULTS.md and `results`.
+    title, introduction
+        At the head of RESULTS.md.
+    origin, claimant
+        What `Experiment.figures` and `Experiment.paper` are: the head of a column, and who says so.
+    """
+
+    name: str
+    folder: Path
+    title: str
+    introduction: str
+    origin: str
+    claimant: str
+    experiments: Mapping[str, type[Experiment]]
+
+
+def write(suite: Suite, results: Path, destination: Path) -> None:
     """Write the comparison of every experiment whose JSON file is in `results`."""
-    records = [
-        json.loads(path.read_text("utf-8"))
-        for name in EXPERIMENTS
-        if (path := results / f"{name}.json").exists()
-    ]
-    missing = [cls for cls in EXPERIMENTS.values() if not (results / f"{cls.name}.json").exists()]
+    paths = {name: results / f"{name}.json" for name in suite.experiments}
+    records = [json.loads(path.read_text("utf-8")) for path in paths.values() if path.exists()]
+    missing = [cls for name, cls in suite.experiments.items() if not paths[name].exists()]
     folder = results.relative_to(destination.parent).as_posix()
-    lines = [_INTRODUCTION.replace("{results}", folder), *_summary(records, missing)]
+    lines = [
+        f"# {suite.title}",
+        "",
+        suite.introduction,
+        "",
+        _METHOD.format(suite=suite, results=folder, significant=SIGNIFICANT),
+        *_summary(suite, records, missing),
+    ]
     for record in records:
-        lines += _section(record, folder)
+        lines += _section(suite, record, folder)
     with atomic_write(destination) as temporary:
         temporary.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def _summary(records: Sequence[dict[str, Any]], missing: Sequence[Any]) -> Iterator[str]:
+def _summary(
+    suite: Suite, records: Sequence[dict[str, Any]], missing: Sequence[type[Experiment]]
+) -> Iterator[str]:
     rows = [
         [
             f"[{record['title']}](#{_anchor(_heading(record))})",
@@ -55,14 +84,14 @@ def _summary(records: Sequence[dict[str, Any]], missing: Sequence[Any]) -> Itera
         for record in records
     ]
     rows += [[cls.title, cls.figures, "–", "not run yet", "–"] for cls in missing]
-    head = ["experiment", "in the paper", "claims that hold", "verdict", "what was run"]
+    head = ["experiment", suite.origin, "claims that hold", "verdict", "what was run"]
     yield from _table(head, rows)
 
 
-def _section(record: dict[str, Any], folder: str) -> Iterator[str]:
+def _section(suite: Suite, record: dict[str, Any], folder: str) -> Iterator[str]:
     yield f"## {_heading(record)}"
     yield ""
-    yield f"**Paper.** {record['paper']}"
+    yield f"**{suite.claimant}.** {record['paper']}"
     yield ""
     yield f"**Here: {record['verdict']}.** {record['scale']}"
     yield ""

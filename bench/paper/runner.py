@@ -213,6 +213,12 @@ def stacked(found: Mapping[str, Arrays], prefix: str = "") -> dict[str, np.ndarr
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def of_networks(found: Mapping[str, Arrays], networks: int, prefix: str = "") -> Arrays:
+    """The same of units that are named ``<seed>-<prefix>…``: arrays (networks, N, …)."""
+    parts = [stacked(found, f"{seed}-{prefix}") for seed in range(networks)]
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),

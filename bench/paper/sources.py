@@ -103,6 +103,9 @@ class Sources:
         Fetch CIFAR-10 if it is not there.
     seed : int
         Of all noise and random orders.
+    networks : Path or None
+        Folder of networks of other seeds, as `python -m rectgrad_ref.onnx_models.train fit` writes
+        them.
     backend, device : str
         Of attributions, and PyTorch's of retraining.
     """
@@ -110,6 +113,7 @@ class Sources:
     cifar: Path | None = None
     masks: Path | None = None
     classifier: Classifier | None = field(default_factory=lambda: inception_v4())
+    networks: Path | None = None
     download: bool = False
     seed: int = 0
     backend: str = "auto"
@@ -127,16 +131,45 @@ class Sources:
     def occluded_test(self) -> np.ndarray:
         return occlude(self.test.images)
 
-    def network(self, *, occluded: bool = False) -> Explainer:
-        """The committed CIFAR-10 network."""
-        if occluded not in self._networks:
-            path = network_path(occluded=occluded)
-            self._networks[occluded] = Explainer(path, backend=self.backend)
-        return self._networks[occluded]
+    def network_file(self, seed: int = 0, *, occluded: bool = False) -> Path:
+        """The CIFAR-10 network of a seed; the committed one is that of seed 0.
+
+        Raises
+        ------
+        InvalidModel
+            There is no network of that seed.
+        """
+        if seed == 0:
+            return network_path(occluded=occluded)
+        dataset = "occluded" if occluded else "normal"
+        command = f"python -m rectgrad_ref.onnx_models.train fit --dataset {dataset} --seed {seed}"
+        if self.networks is None:
+            raise InvalidModel(
+                f"no network of seed {seed}: train it ({command} -o FOLDER) and name the folder "
+                "with --networks"
+            )
+        path = self.networks / f"cifar10_cnn_{dataset}_seed{seed}.onnx"
+        if not path.exists():
+            raise InvalidModel(f"{path} does not exist: {command} -o {self.networks}")
+        return path
+
+    def network(self, seed: int = 0, *, occluded: bool = False) -> Explainer:
+        """The CIFAR-10 network of a seed, ready to explain."""
+        path = self.network_file(seed, occluded=occluded)
+        if path not in self._explainers:
+            self._explainers[path] = Explainer(path, backend=self.backend)
+        return self._explainers[path]
 
     @cached_property
-    def _networks(self) -> dict[bool, Explainer]:
+    def _explainers(self) -> dict[Path, Explainer]:
         return {}
+
+    def network_checksums(self, count: int = 1, *, occluded: bool = False) -> dict[str, str]:
+        """SHA-256 of the networks of the first seeds."""
+        return {
+            f"network {seed}": self.network(seed, occluded=occluded).model.sha256
+            for seed in range(count)
+        }
 
     @cached_property
     def masked(self) -> Masked:
@@ -168,11 +201,13 @@ class Sources:
         images, labels = self.train.images[keys], self.train.labels[keys]
         return Masked(keys, images, labels, np.stack(list(found.values())))
 
-    def correctly_classified(self, each: int) -> Masked:
-        """The first masked images of each class that the committed network classifies rightly."""
-        masked = self.masked
-        logits = self.network().explain(normalized(masked.images), method="saliency").logits
-        right = logits.argmax(axis=1) == masked.labels
+    def correctly_classified(self, each: int, networks: int = 1) -> Masked:
+        """The first masked images of each class that all of the networks classify rightly."""
+        masked, x = self.masked, normalized(self.masked.images)
+        right = np.full(len(x), True)
+        for seed in range(networks):
+            logits = self.network(seed).explain(x, method="random").logits
+            right &= logits.argmax(axis=1) == masked.labels
         rows = [np.flatnonzero(right & (masked.labels == c))[:each] for c in range(10)]
         return masked.pick(np.concatenate(rows))
 

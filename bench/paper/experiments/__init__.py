@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..report import Suite
 from ..runner import Experiment
 from .adversarial import Adversarial
 from .coherence import Coherence
@@ -31,3 +34,17 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         Roar,
     )
 }
+
+SUITE = Suite(
+    name="paper",
+    folder=Path(__file__).parents[1],
+    title="The paper's experiments, reproduced",
+    introduction=(
+        "Kim et al. 2019, *Why are Saliency Maps Noisy? Cause of and Solution to Noisy Saliency "
+        "Maps*.\nWhat the literature since then holds against methods like RectGrad is measured in "
+        "[bench/sanity](../sanity/RESULTS.md)."
+    ),
+    origin="in the paper",
+    claimant="Paper",
+    experiments=EXPERIMENTS,
+)

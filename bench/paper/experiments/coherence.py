@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,22 +12,21 @@ import numpy as np
 from rectgrad_ref import picture
 
 from .. import plots
-from ..evidence import Claim, Conclusion, Table, compare, p_value
+from ..evidence import Claim, Conclusion, Table, compare, least_sure
 from ..maps import OURS, heatmaps, imagenet_methods, object_share, paper_methods, shown
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
-from ..sources import Sources, checksum, normalized
+from ..runner import Arrays, stacked
+from ..sources import Masked, Sources, normalized
+from .masked import OnMasked
 
 _KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coherence(Experiment):
+class Coherence(OnMasked):
     """The fraction of each method's attribution that is on the object.
 
     Attributes
     ----------
-    masked
-        Images with a mask, of each class.
     photos
         The first of the photographs, for pictures.
     """
@@ -46,28 +44,15 @@ class Coherence(Experiment):
     masked: int = 25
     photos: int = 100
 
-    def inputs(self, sources: Sources) -> dict[str, str]:
-        chosen = sources.correctly_classified(self.masked)
-        return {
-            "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.keys, chosen.background),
+    def measure(self, sources: Sources, images: Masked) -> Arrays:
+        x, methods = normalized(images.images), paper_methods(sources.seed)
+        maps = heatmaps(sources.network(), x, methods, keys=images.keys)
+        result = {
+            f"{kind}, {name}": object_share(heatmap, images.background)
+            for kind in _KINDS
+            for name, heatmap in shown(maps, sparse=kind == "sparse").items()
         }
-
-    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer, methods = sources.network(), paper_methods(sources.seed)
-        chosen = sources.correctly_classified(self.masked)
-
-        def shares(rows: slice) -> Arrays:
-            part = chosen.pick(rows)
-            maps = heatmaps(explainer, normalized(part.images), methods, keys=part.keys)
-            result = {
-                f"{kind}, {name}": object_share(heatmap, part.background)
-                for kind in _KINDS
-                for name, heatmap in shown(maps, sparse=kind == "sparse").items()
-            }
-            return result | {"area": 1 - part.background.mean(axis=(1, 2))}
-
-        return {key: partial(shares, rows) for key, rows in batches(len(chosen.keys), 25).items()}
+        return result | {"area": 1 - images.background.mean(axis=(1, 2))}
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
         shares = stacked(found)
@@ -78,13 +63,11 @@ class Coherence(Experiment):
                 others = {n: shares[f"{kind}, {n}"] for n in methods if n not in OURS}
                 pairs = compare(shares[f"{kind}, {ours}"], others)
                 wins = ", ".join(f"{n} on {1 - pair.wins:.0%}" for n, pair in pairs.items())
-                least = max(pairs, key=lambda name: pairs[name].p)
                 claims.append(
                     Claim(
                         f"{ours} keeps to the object better than every baseline {words}",
                         all(pair.higher for pair in pairs.values()),
-                        f"a larger share than {wins} of the images; least sure: "
-                        f"{p_value(pairs[least].p)} for {least}",
+                        f"a larger share than {wins} of the images; {least_sure(pairs)}",
                     )
                 )
         medians = {name: float(np.median(v)) for name, v in shares.items()}

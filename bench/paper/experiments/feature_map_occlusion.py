@@ -12,13 +12,22 @@ import numpy as np
 import onnx
 
 from rectgrad_ref.errors import BackendUnavailable
-from rectgrad_ref.onnx_models.cifar10_cnn import network_path
 
 from .. import plots
-from ..evidence import Claim, Comparison, Conclusion, Table, compare, number, p_value
+from ..evidence import (
+    Claim,
+    Comparison,
+    Conclusion,
+    Table,
+    compare,
+    least_sure,
+    networks_used,
+    number,
+)
 from ..maps import resized_background
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
-from ..sources import Masked, Sources, checksum, normalized
+from ..runner import Arrays, Experiment, Results, Unit, batches, of_networks
+from ..sources import Masked, Sources, normalized
+from .masked import masked_inputs
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 _SIDES = ("background", "object")
@@ -35,6 +44,8 @@ class FeatureMapOcclusion(Experiment):
     ----------
     masked
         Images with a mask, of each class.
+    networks
+        Of the first seeds; images are such as all of them classify rightly.
     steps
         Fractions of the activations that are occluded, evenly spaced from 0 to 1.
     trials
@@ -52,27 +63,30 @@ class FeatureMapOcclusion(Experiment):
     quick: ClassVar[Mapping[str, Any]] = {"masked": 3, "steps": 6, "trials": 3}
 
     masked: int = 10
+    networks: int = 1
     steps: int = 101
     trials: int = 50
 
     def inputs(self, sources: Sources) -> dict[str, str]:
-        chosen = sources.correctly_classified(self.masked)
-        return {
-            "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.keys, chosen.background),
-        }
+        return masked_inputs(sources, self.masked, self.networks)
 
     def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        chosen = sources.correctly_classified(self.masked)
+        chosen = sources.correctly_classified(self.masked, self.networks)
+
+        def occlude(network: int, layer: str, rows: slice) -> Arrays:
+            halves = _split(sources.network_file(network), layer)
+            return self._occlude(halves, sources.seed, layer, chosen.pick(rows))
+
         return {
-            f"{layer}-{key}": partial(self._occlude, sources.seed, layer, chosen.pick(rows))
+            f"{network}-{layer}-{key}": partial(occlude, network, layer, rows)
+            for network in range(self.networks)
             for layer in LAYERS
             for key, rows in batches(len(chosen.keys), 5).items()
         }
 
-    def _occlude(self, seed: int, layer: str, images: Masked) -> Arrays:
+    def _occlude(self, halves: tuple[Run, Run], seed: int, layer: str, images: Masked) -> Arrays:
         """Margins (n, steps), the logits averaged over trials before and after."""
-        before, after = _split(layer)
+        before, after = halves
         maps = before(normalized(images.images))
         backgrounds = resized_background(images.background, maps.shape[-1])
         results: dict[str, list[np.ndarray]] = {}
@@ -107,7 +121,7 @@ class FeatureMapOcclusion(Experiment):
         return np.concatenate(parts).reshape(self.trials, self.steps, -1)
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        layers = _by_layer(found)
+        layers = self._by_layer(found)
         claims, rows = [], []
         numbers: dict[str, Any] = {"fractions": np.linspace(0, 1, self.steps).tolist()}
         for layer, values in layers.items():
@@ -119,7 +133,7 @@ class FeatureMapOcclusion(Experiment):
             pairs = {kind: _drops_compared(drops, kind) for kind in ("logits", "margins")}
             numbers[layer] = {
                 "drop": {name: float(drop.mean()) for name, drop in drops.items()},
-                "curves": {k: v.mean(axis=0).tolist() for k, v in values.items() if k != "area"},
+                "curves": {k: _mean(v).tolist() for k, v in values.items() if k != "area"},
                 "object's area": float(values["area"].mean()),
             }
             pair = pairs["logits"]
@@ -129,15 +143,15 @@ class FeatureMapOcclusion(Experiment):
                     all(p.higher for p in pairs.values()),
                     f"mean drop {number(drops['object, logits averaged'].mean())} against "
                     f"{number(drops['background, logits averaged'].mean())}, larger on "
-                    f"{1 - pair.wins:.0%} of the images, {p_value(pair.p)}",
+                    f"{1 - pair.wins:.0%} of the images; {least_sure({'': pair})}",
                 )
             )
             rows.append(_row(layer, values, drops))
-        count = len(layers[LAYERS[0]]["area"])
+        count = layers[LAYERS[0]]["area"].shape[1]
         return Conclusion(
             scale=(
                 f"{count} images (the paper: 100), {self.steps} fractions (about 100), "
-                f"{self.trials} random orders (50); one network (seed 0)."
+                f"{self.trials} random orders (50); {networks_used(self.networks)}."
             ),
             numbers=numbers,
             tables=[
@@ -160,31 +174,35 @@ class FeatureMapOcclusion(Experiment):
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         figure, axes = plots.figure(4, width=2.2, height=2.3)
         x = np.linspace(0, 100, self.steps)
-        for ax, (layer, values) in zip(axes, _by_layer(found).items(), strict=True):
+        layers = self._by_layer(found)
+        for ax, (layer, values) in zip(axes, layers.items(), strict=True):
             samples = {side: values[f"{side}, logits averaged"] for side in ("object", _SIDES[0])}
             plots.curves(
                 ax,
                 x,
-                {side: sample.mean(axis=0) for side, sample in samples.items()},
+                {side: _mean(sample) for side, sample in samples.items()},
                 spread={side: _standard_error(sample) for side, sample in samples.items()},
                 xlabel="occluded, %",
                 ylabel="class logit − largest other" if ax is axes[0] else "",
                 title=layer,
                 legend=ax is axes[0],
             )
-            ax.set_ylim(*_range(found))
+            ax.set_ylim(*_range(layers))
         return [plots.save(figure, folder, self.name)]
 
+    def _by_layer(self, found: Mapping[str, Arrays]) -> dict[str, Arrays]:
+        return {layer: of_networks(found, self.networks, f"{layer}-") for layer in LAYERS}
 
-def _split(layer: str) -> tuple[Run, Run]:
-    """The committed network up to a layer, and from there on."""
+
+def _split(network: Path, layer: str) -> tuple[Run, Run]:
+    """A network up to a layer, and from there on."""
     try:
         import onnxruntime
     except ImportError as missing:
         raise BackendUnavailable(
             "this experiment needs onnxruntime: pip install 'rectgrad-ref[cpu]'"
         ) from missing
-    inferred = onnx.shape_inference.infer_shapes(onnx.load(network_path()))
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(network))
     extract = onnx.utils.Extractor(inferred).extract_model
 
     def runner(input: str, output: str) -> Run:
@@ -202,8 +220,13 @@ def _margin(logits: np.ndarray, label: int) -> np.ndarray:
 
 
 def _mean_drop(curves: np.ndarray) -> np.ndarray:
-    """How far each image's curve (n, steps) lies below its start, on average."""
-    return np.asarray((curves[:, :1] - curves).mean(axis=1))
+    """How far each image's curve (…, steps) lies below its start, on average."""
+    return np.asarray((curves[..., :1] - curves).mean(axis=-1))
+
+
+def _mean(curves: np.ndarray) -> np.ndarray:
+    """Of networks and images."""
+    return np.asarray(curves.mean(axis=(0, 1)))
 
 
 def _drops_compared(drops: Mapping[str, np.ndarray], kind: str) -> Comparison:
@@ -220,20 +243,16 @@ def _row(layer: str, values: Arrays, drops: Mapping[str, np.ndarray]) -> list[st
     return [layer, f"{values['area'].mean():.0%}", *means]
 
 
-def _by_layer(found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-    return {layer: stacked(found, f"{layer}-") for layer in LAYERS}
-
-
 def _standard_error(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    mean, error = sample.mean(axis=0), sample.std(axis=0, ddof=1) / np.sqrt(len(sample))
+    """Of the mean over images, each averaged over networks."""
+    images = sample.mean(axis=0)
+    mean, error = images.mean(axis=0), images.std(axis=0, ddof=1) / np.sqrt(len(images))
     return mean - error, mean + error
 
 
-def _range(found: Mapping[str, Arrays]) -> tuple[float, float]:
+def _range(layers: Mapping[str, Arrays]) -> tuple[float, float]:
     """One scale for all layers."""
     means = [
-        values[f"{side}, logits averaged"].mean(axis=0)
-        for values in _by_layer(found).values()
-        for side in _SIDES
+        _mean(values[f"{side}, logits averaged"]) for values in layers.values() for side in _SIDES
     ]
     return min(m.min() for m in means) - 1, max(m.max() for m in means) + 1

@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from rectgrad_ref import picture
-from rectgrad_ref.explainer import Explainer
 
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
 from ..maps import resized_background, total_variation
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
-from ..sources import Masked, Sources, checksum, normalized
+from ..runner import Arrays, stacked
+from ..sources import Masked, Sources, normalized
+from .masked import OnMasked
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 _SIDES = ("object", "background")
@@ -26,13 +25,11 @@ _PAIRS = tuple(itertools.product(LAYERS, _SIDES))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMaps(Experiment):
+class FeatureMaps(OnMasked):
     """How often units are active on the object and on the background.
 
     Attributes
     ----------
-    masked
-        Images with a mask, of each class.
     noisy
         Pictures, of the images whose saliency maps have the largest total variation.
     """
@@ -45,23 +42,19 @@ class FeatureMaps(Experiment):
         "background, though the object matters far more (by eye; counting was left to the future)."
     )
 
-    masked: int = 10
     noisy: int = 4
 
-    def inputs(self, sources: Sources) -> dict[str, str]:
-        chosen = sources.correctly_classified(self.masked)
-        return {
-            "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.keys, chosen.background),
-        }
-
-    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer = sources.network()
-        chosen = sources.correctly_classified(self.masked)
-        return {
-            key: partial(_activity, explainer, chosen.pick(rows))
-            for key, rows in batches(len(chosen.keys), 50).items()
-        }
+    def measure(self, sources: Sources, images: Masked) -> Arrays:
+        x = normalized(images.images)
+        trace = sources.network().explain(x, method="saliency", trace=True).layers()
+        result = {}
+        for layer in LAYERS:
+            active = (trace[layer].a > 0).mean(axis=1)
+            background = resized_background(images.background, active.shape[-1])
+            for side, where in zip(_SIDES, (~background, background), strict=True):
+                units = (active * where).sum(axis=(1, 2))
+                result[f"{side}, {layer}"] = units / where.sum(axis=(1, 2))
+        return result
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
         active = stacked(found)
@@ -120,18 +113,6 @@ class FeatureMaps(Experiment):
             image = chosen.images[i].transpose(1, 2, 0)
             sheet = _sheet(image, picture.render(picture.cap(found.heatmap()[i : i + 1])[0]), maps)
             picture.save(sheet, folder / f"train_{chosen.keys[i]}.png")
-
-
-def _activity(explainer: Explainer, images: Masked) -> Arrays:
-    """Fractions (n,) of the units of each layer and side that are active."""
-    trace = explainer.explain(normalized(images.images), method="saliency", trace=True).layers()
-    result = {}
-    for layer in LAYERS:
-        active = (trace[layer].a > 0).mean(axis=1)
-        background = resized_background(images.background, active.shape[-1])
-        for side, where in zip(_SIDES, (~background, background), strict=True):
-            result[f"{side}, {layer}"] = (active * where).sum(axis=(1, 2)) / where.sum(axis=(1, 2))
-    return result
 
 
 def _sheet(image: np.ndarray, saliency: np.ndarray, maps: Mapping[str, np.ndarray]) -> Any:

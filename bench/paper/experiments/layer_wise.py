@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from rectgrad_ref import picture
-from rectgrad_ref.explainer import Explainer
 from rectgrad_ref.methods import Method, RectGrad, Saliency
 
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
 from ..maps import RECTGRAD, object_share, resized_background
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
-from ..sources import Masked, Sources, checksum, normalized
+from ..runner import Arrays, stacked
+from ..sources import Masked, Sources, normalized
+from .masked import OnMasked
 
 LAYERS = ("relu4", "relu3", "relu2", "relu1")
 """From the logits to the input."""
@@ -27,13 +26,11 @@ _KINDS = ("R", "a·R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerWise(Experiment):
+class LayerWise(OnMasked):
     """The fraction of the attribution that is on the background, layer by layer.
 
     Attributes
     ----------
-    masked
-        Images with a mask, of each class.
     photos
         The first of the photographs, for pictures.
     """
@@ -47,23 +44,27 @@ class LayerWise(Experiment):
     )
     quick: ClassVar[Mapping[str, Any]] = {"photos": 2}
 
-    masked: int = 10
     photos: int = 6
 
-    def inputs(self, sources: Sources) -> dict[str, str]:
-        chosen = sources.correctly_classified(self.masked)
-        return {
-            "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.keys, chosen.background),
-        }
-
-    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer = sources.network()
-        chosen = sources.correctly_classified(self.masked)
-        return {
-            key: partial(_background_shares, explainer, chosen.pick(rows))
-            for key, rows in batches(len(chosen.keys), 50).items()
-        }
+    def measure(self, sources: Sources, images: Masked) -> Arrays:
+        x, explainer = normalized(images.images), sources.network()
+        result = {"area": images.background.mean(axis=(1, 2))}
+        for name, method in _METHODS.items():
+            attribution = explainer.explain(x, method=method, trace=True)
+            R = attribution.values
+            if isinstance(method, RectGrad):
+                R = explainer.explain(x, method=replace(method, times_input=False)).values
+            maps = {"input": (R, x * R)} | {
+                layer: (trace.R_out, trace.a * trace.R_out)
+                for layer, trace in attribution.layers().items()
+                if layer in LAYERS
+            }
+            for layer, pair in maps.items():
+                background = resized_background(images.background, pair[0].shape[-1])
+                for kind, values in zip(_KINDS, pair, strict=True):
+                    share = 1 - object_share(values.mean(axis=1), background)
+                    result[f"{name}, {kind}, {layer}"] = share
+        return result
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
         shares = dict(stacked(found))
@@ -74,7 +75,7 @@ class LayerWise(Experiment):
                 values = [shares[f"{method}, {kind}, {layer}"] for layer in (*LAYERS, "input")]
                 rows.append([method, kind, *(f"{np.median(v):.1%}" for v in values)])
         for kind in _KINDS:
-            claims += [_accumulates(shares, kind), _stays(shares, kind), _lower(shares, kind)]
+            claims += _claims(shares, kind)
         numbers = {name: float(np.median(v)) for name, v in shares.items()}
         note = (
             "Fraction of Σ|mean over channels| that is on the background, median over images; the "
@@ -128,56 +129,29 @@ class LayerWise(Experiment):
             picture.save(picture.layer_strip(traces), folder / f"{name}.png")
 
 
-def _background_shares(explainer: Explainer, images: Masked) -> Arrays:
-    x = normalized(images.images)
-    result = {"area": images.background.mean(axis=(1, 2))}
-    for name, method in _METHODS.items():
-        attribution = explainer.explain(x, method=method, trace=True)
-        R = attribution.values
-        if isinstance(method, RectGrad):
-            R = explainer.explain(x, method=replace(method, times_input=False)).values
-        for kind, values in zip(_KINDS, (R, x * R), strict=True):
-            result[f"{name}, {kind}, input"] = 1 - object_share(
-                values.mean(axis=1), images.background
+def _claims(shares: Mapping[str, np.ndarray], kind: str) -> list[Claim]:
+    def medians(*samples: np.ndarray) -> list[str]:
+        return [f"{np.median(sample):.1%}" for sample in samples]
+
+    def share(method: str, layer: str) -> np.ndarray:
+        return shares[f"{method}, {kind}, {layer}"]
+
+    ours, other = share(RECTGRAD, "input"), share("Saliency", "input")
+    claims = []
+    for method, last in (("Saliency", other), (RECTGRAD, ours)):
+        first = share(method, LAYERS[0])
+        pair = compare(last, {"": first})[""]
+        grows = method == "Saliency"
+        claims.append(
+            Claim(
+                f"{kind}: the background's share of {method} "
+                f"{'grows' if grows else 'does not grow'} from {LAYERS[0]} to the input",
+                pair.higher == grows,
+                f"median {' → '.join(medians(first, last))}, it grows on {1 - pair.wins:.0%} of "
+                f"the images, {p_value(pair.p)}",
             )
-        for layer in LAYERS:
-            trace = attribution.layers()[layer]
-            background = resized_background(images.background, trace.a.shape[-1])
-            for kind, values in zip(_KINDS, (trace.R_out, trace.a * trace.R_out), strict=True):
-                result[f"{name}, {kind}, {layer}"] = 1 - object_share(
-                    values.mean(axis=1), background
-                )
-    return result
-
-
-def _accumulates(shares: Mapping[str, np.ndarray], kind: str) -> Claim:
-    first, last = (shares[f"Saliency, {kind}, {layer}"] for layer in (LAYERS[0], "input"))
-    pair = compare(last, {"": first})[""]
-    return Claim(
-        f"{kind}: the background's share of a saliency map grows from {LAYERS[0]} to the input",
-        pair.higher,
-        f"median {np.median(first):.1%} → {np.median(last):.1%}, it grows on {1 - pair.wins:.0%} "
-        f"of the images, {p_value(pair.p)}",
-    )
-
-
-def _stays(shares: Mapping[str, np.ndarray], kind: str) -> Claim:
-    first, last = (shares[f"{RECTGRAD}, {kind}, {layer}"] for layer in (LAYERS[0], "input"))
-    pair = compare(last, {"": first})[""]
-    return Claim(
-        f"{kind}: the background's share of RectGrad does not grow from {LAYERS[0]} to the input",
-        not pair.higher,
-        f"median {np.median(first):.1%} → {np.median(last):.1%}, it grows on {1 - pair.wins:.0%} "
-        f"of the images, {p_value(pair.p)}",
-    )
-
-
-def _lower(shares: Mapping[str, np.ndarray], kind: str) -> Claim:
-    ours, other = (shares[f"{method}, {kind}, input"] for method in (RECTGRAD, "Saliency"))
+        )
     pair = compare(ours, {"": other})[""]
-    return Claim(
-        f"{kind}: at the input less of RectGrad than of the saliency map is on the background",
-        pair.lower,
-        f"median {np.median(ours):.1%} against {np.median(other):.1%}, less on {pair.wins:.0%} of "
-        f"the images, {p_value(pair.p)}",
-    )
+    text = f"{kind}: at the input less of RectGrad than of the saliency map is on the background"
+    evidence = f"median {' against '.join(medians(ours, other))}, less on {pair.wins:.0%} of the "
+    return [*claims, Claim(text, pair.lower, f"{evidence}images, {p_value(pair.p)}")]

@@ -18,6 +18,7 @@ from ..evidence import (
     compare,
     distribution_table,
     lower_than,
+    networks_used,
     number,
     quartiles,
 )
@@ -32,8 +33,9 @@ from ..maps import (
     relative_variation,
     total_variation,
 )
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, of_networks
 from ..sources import Sources, checksum, normalized
+from .masked import masked_inputs
 
 PAPER_BACKGROUND = {RECTGRAD: 450.0, PRR: 300.0}  # over all 100 images
 PAPER_VARIATION = {
@@ -64,6 +66,8 @@ class NoiseLevel(Experiment):
         Images with a mask, of each class.
     images
         The first of the test set, and of the training set.
+    networks
+        Of the first seeds.
     batch
         Images a unit of work.
     """
@@ -80,50 +84,50 @@ class NoiseLevel(Experiment):
 
     masked: int = 10
     images: int = 10_000
+    networks: int = 1
     batch: int = 100
 
     def inputs(self, sources: Sources) -> dict[str, str]:
-        chosen = sources.correctly_classified(self.masked)
         return {
-            "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.keys, chosen.background),
+            **masked_inputs(sources, self.masked, self.networks),
             "test": checksum(sources.test.images[: self.images]),
             "train": checksum(sources.train.images[: self.images]),
         }
 
     def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer, methods = sources.network(), paper_methods(sources.seed)
-        chosen = sources.correctly_classified(self.masked)
+        methods = paper_methods(sources.seed)
+        chosen = sources.correctly_classified(self.masked, self.networks)
 
-        def on_background(rows: slice) -> Arrays:
+        def on_background(seed: int, rows: slice) -> Arrays:
             part = chosen.pick(rows)
-            maps = heatmaps(explainer, normalized(part.images), methods, keys=part.keys)
+            x = normalized(part.images)
+            maps = heatmaps(sources.network(seed), x, methods, keys=part.keys)
             return {
                 name: background_attribution(heatmap, part.background)
                 for name, heatmap in measured(maps).items()
             }
 
-        def variation(images: np.ndarray, rows: slice) -> Arrays:
+        def variation(seed: int, images: np.ndarray, rows: slice) -> Arrays:
             keys = np.arange(rows.start, rows.stop)
-            maps = heatmaps(explainer, normalized(images[rows]), methods, keys=keys)
+            maps = heatmaps(sources.network(seed), normalized(images[rows]), methods, keys=keys)
             used = measured(maps)
             return {
                 **{name: total_variation(heatmap) for name, heatmap in used.items()},
                 **{_RELATIVE + name: relative_variation(h) for name, h in used.items()},
             }
 
-        units: dict[str, Unit] = {
-            f"background-{key}": partial(on_background, rows)
-            for key, rows in batches(len(chosen.keys), self.batch).items()
-        }
-        for split, data in (("test", sources.test), ("train", sources.train)):
-            for key, rows in batches(min(self.images, len(data.labels)), self.batch).items():
-                units[f"{split}-{key}"] = partial(variation, data.images, rows)
+        units: dict[str, Unit] = {}
+        for seed in range(self.networks):
+            for key, rows in batches(len(chosen.keys), self.batch).items():
+                units[f"{seed}-background-{key}"] = partial(on_background, seed, rows)
+            for split, data in (("test", sources.test), ("train", sources.train)):
+                for key, rows in batches(min(self.images, len(data.labels)), self.batch).items():
+                    units[f"{seed}-{split}-{key}"] = partial(variation, seed, data.images, rows)
         return units
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        parts = _by_part(found)
-        relative = _relative(stacked(found, "test-"))
+        parts = self._by_part(found)
+        relative = _relative(of_networks(found, self.networks, "test-"))
         claims, tables, numbers = [], [], {"relative": _quartiles(relative)}
         for part, title in _PARTS.items():
             values = parts[part]
@@ -140,9 +144,9 @@ class NoiseLevel(Experiment):
         lowest = min(relative, key=lambda name: float(np.median(relative[name])))
         return Conclusion(
             scale=(
-                f"{len(parts['background'][PRR])} images with masks (the paper: 100); total "
-                f"variation of the first {len(parts['test'][PRR]):,} of the 10,000 test images and "
-                f"as many training images; one network (seed 0)."
+                f"{parts['background'][PRR].shape[1]} images with masks (the paper: 100); total "
+                f"variation of the first {parts['test'][PRR].shape[1]:,} of the 10,000 test images "
+                f"and as many training images; {networks_used(self.networks)}."
             ),
             numbers=numbers,
             tables=tables,
@@ -158,7 +162,7 @@ class NoiseLevel(Experiment):
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
-        parts = _by_part(found)
+        parts = self._by_part(found)
         figure, axes = plots.figure(3, width=3.4, height=2.8)
         labels = {"background": "Σ|map| outside the mask", "test": "total variation of the map"}
         for ax, (part, title) in zip(axes, _PARTS.items(), strict=True):
@@ -167,16 +171,15 @@ class NoiseLevel(Experiment):
             plots.boxes(ax, parts[part], ours=OURS, label=label, title=title, paper=paper)
         return [plots.save(figure, folder, self.name)]
 
-
-def _by_part(found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-    return {
-        part: {
-            name: values
-            for name, values in stacked(found, f"{part}-").items()
-            if not name.startswith(_RELATIVE)
+    def _by_part(self, found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
+        return {
+            part: {
+                name: values
+                for name, values in of_networks(found, self.networks, f"{part}-").items()
+                if not name.startswith(_RELATIVE)
+            }
+            for part in _PARTS
         }
-        for part in _PARTS
-    }
 
 
 def _relative(values: Arrays) -> dict[str, np.ndarray]:
@@ -195,10 +198,17 @@ def _table(values: Mapping[str, np.ndarray], part: str, title: str) -> Table:
     plain = distribution_table(values)
     shown = {name: number(total) for name, total in PAPER_BACKGROUND.items()}
     rows = [
-        [*row, number(float(values[row[0]].sum())), shown.get(row[0], "–")] for row in plain.rows
+        [*row, _with_spread(values[row[0]].sum(axis=-1)), shown.get(row[0], "–")]
+        for row in plain.rows
     ]
     head = [*plain.head, "total", "paper's total, about"]
     return Table(head, rows, f"{title}, Σ|map| per image, and over all images.")
+
+
+def _with_spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over networks."""
+    spread = f" ± {number(float(values.std(ddof=1)))}" if len(values) > 1 else ""
+    return f"{number(float(values.mean()))}{spread}"
 
 
 def _lowest(values: Mapping[str, np.ndarray], ours: str, but: tuple[str, ...], title: str) -> Claim:

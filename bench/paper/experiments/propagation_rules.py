@@ -26,6 +26,7 @@ from ..maps import (
 )
 from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Masked, Sources, checksum, normalized
+from .masked import masked_inputs
 
 RULES = {
     "PR1 (RectGrad)": RectGrad(),
@@ -77,10 +78,8 @@ class PropagationRules(Experiment):
     photos: int = 12
 
     def inputs(self, sources: Sources) -> dict[str, str]:
-        chosen = sources.correctly_classified(self.masked)
         return {
-            "network": sources.network().model.sha256,
-            "masked images": checksum(chosen.keys, chosen.background),
+            **masked_inputs(sources, self.masked),
             "test": checksum(sources.test.images[: self.images]),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from ..evidence import (
     compare,
     distribution_table,
     lower_than,
+    networks_used,
     number,
     quartiles,
 )
 from ..maps import OURS, PRR, RECTGRAD, heatmaps, measured, paper_methods
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
+from ..runner import Arrays, Experiment, Results, Unit, batches, of_networks
 from ..sources import Sources, checksum, normalized
 
 _PATCH = (slice(None), slice(0, 8), slice(0, 8))  # beyond it, the receptive field sees the image
@@ -49,6 +50,8 @@ class TrainingOcclusion(Experiment):
     ----------
     images
         The first of the test set.
+    networks
+        Of the first seeds.
     batch
         Images a unit of work.
     """
@@ -65,39 +68,44 @@ class TrainingOcclusion(Experiment):
     quick: ClassVar[Mapping[str, Any]] = {"images": 200}
 
     images: int = 10_000
+    networks: int = 1
     batch: int = 100
 
     def inputs(self, sources: Sources) -> dict[str, str]:
         return {
-            "network": sources.network(occluded=True).model.sha256,
+            **sources.network_checksums(self.networks, occluded=True),
             "images": checksum(sources.occluded_test[: self.images]),
         }
 
     def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer = sources.network(occluded=True)
         methods = paper_methods(sources.seed)
 
-        def amounts(rows: slice) -> Arrays:
-            x = normalized(sources.occluded_test[rows])
-            maps = heatmaps(explainer, x, methods, keys=np.arange(rows.start, rows.stop))
+        def amounts(seed: int, rows: slice) -> Arrays:
+            x, keys = normalized(sources.occluded_test[rows]), np.arange(rows.start, rows.stop)
+            maps = heatmaps(sources.network(seed, occluded=True), x, methods, keys=keys)
             sums = {n: np.abs(m[_PATCH]).sum(axis=(1, 2)) for n, m in measured(maps).items()}
             any_saliency = (maps["Saliency"][_PATCH] != 0).mean(axis=(1, 2))
             return {**sums, "nonzero saliency": any_saliency}
 
         count = min(self.images, len(sources.test.labels))
-        return {key: partial(amounts, rows) for key, rows in batches(count, self.batch).items()}
+        return {
+            f"{seed}-{key}": partial(amounts, seed, rows)
+            for seed in range(self.networks)
+            for key, rows in batches(count, self.batch).items()
+        }
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        amounts = dict(stacked(found))
+        amounts = dict(of_networks(found, self.networks))
         nonzero = amounts.pop("nonzero saliency")
         spread = {name: quartiles(values) for name, values in amounts.items()}
-        accuracy = _accuracies()
+        accuracy = self._accuracies()
+        plain, occluded = (float(np.mean(accuracy[kind])) for kind in ("normal", "occluded"))
         claims = [
             Claim(
                 "The patch hardly changes the accuracy",
-                abs(accuracy["occluded"] - accuracy["plain"]) < 0.02,
-                f"{accuracy['plain']:.2%} without it, {accuracy['occluded']:.2%} with it "
-                "(seed 0 of each; less than two points)",
+                abs(occluded - plain) < 0.02,
+                f"{_percent(accuracy['normal'])} without it, {_percent(accuracy['occluded'])} with "
+                f"it ({networks_used(self.networks)} of each; less than two points)",
             ),
             Claim(
                 "Saliency maps are nonzero on the patch",
@@ -116,7 +124,9 @@ class TrainingOcclusion(Experiment):
         paper = {name: number(median) for name, median in PAPER_MEDIANS.items()}
         note = "Σ|map| in the 8 × 8 patch, per test image."
         return Conclusion(
-            scale=f"{len(nonzero):,} of the 10,000 test images; one network (seed 0).",
+            scale=(
+                f"{nonzero.shape[1]:,} of the 10,000 test images; {networks_used(self.networks)}."
+            ),
             numbers={"amount": spread, "accuracy": accuracy},
             tables=[distribution_table(amounts, paper, note)],
             claims=claims,
@@ -133,12 +143,23 @@ class TrainingOcclusion(Experiment):
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
-        amounts = dict(stacked(found))
+        amounts = dict(of_networks(found, self.networks))
         del amounts["nonzero saliency"]
         figure, (ax,) = plots.figure(width=5)
         label = "attribution in the random patch, Σ|map|"
         plots.boxes(ax, amounts, ours=OURS, label=label, paper=PAPER_MEDIANS)
         return [plots.save(figure, folder, self.name)]
+
+    def _accuracies(self) -> dict[str, list[float]]:
+        """Of the networks of each seed on the test sets that belong to them."""
+        records = json.loads(network_path().with_name("cifar10_cnn.json").read_text("utf-8"))
+        return {
+            kind: [
+                seed["test_accuracy"]
+                for seed in records[network_path(occluded=kind == "occluded").name]["seeds"]
+            ][: self.networks]
+            for kind in ("normal", "occluded")
+        }
 
     def pictures(self, sources: Sources, folder: Path) -> None:
         explainer = sources.network(occluded=True)
@@ -167,8 +188,6 @@ def _lowest_upper_quartiles(spread: Mapping[str, Mapping[str, float]]) -> Claim:
     )
 
 
-def _accuracies() -> dict[str, float]:
-    """Of the committed networks on the test sets that belong to them."""
-    records = json.loads(network_path().with_name("cifar10_cnn.json").read_text("utf-8"))
-    paths = {"plain": network_path(), "occluded": network_path(occluded=True)}
-    return {kind: records[path.name]["test_accuracy"] for kind, path in paths.items()}
+def _percent(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.2%}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2%}{spread}"
