@@ -191,12 +191,14 @@ def make(
         Value names of the activations to keep; by default all. A subset keeps bundles of large
         networks small.
 
-    Other parameters, and errors, are those of `Explainer` and `Explainer.explain`.
-
     Raises
     ------
     InvalidBundle
         No such layer.
+
+    Notes
+    -----
+    Other parameters, and errors, are those of `Explainer` and `Explainer.explain`.
     """
     explainer = Explainer(
         model, backend=backend, dtype=dtype, preprocess=preprocess, input=input, output=output
