@@ -9,6 +9,7 @@ if find_spec("rectgrad_ref.kernels") is None:
     )
 
 from .attribution import Attribution, Layer
+from .dataset import explain_dataset
 from .explainer import Explainer, explain, methods
 from .exporter import export
 from .methods import (
@@ -42,6 +43,7 @@ __all__ = [
     "SmoothGrad",
     "__version__",
     "explain",
+    "explain_dataset",
     "export",
     "methods",
 ]

@@ -31,7 +31,16 @@ import numpy as np
 import onnx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -73,6 +82,22 @@ Settings = Annotated[
     ),
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")]
+Dtype = Annotated[
+    Literal["float32", "float64"] | None, typer.Option(help="On the reference backend.")
+]
+Preprocessing = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="NAME|FILE",
+        help="How pictures become input: imagenet, inception, caffe, cifar10 … or a JSON file. By "
+        "default what the model's metadata or a config file beside it says.",
+    ),
+]
+Labels = Annotated[Path | None, typer.Option(help="Class names: a text file, one a line, or JSON.")]
+InputLayout = Annotated[
+    Layout | None, typer.Option(help="The input's axes, where its shape does not tell.")
+]
 InputName = Annotated[str | None, typer.Option(help="The image input, if there are several.")]
 OutputName = Annotated[str | None, typer.Option(help="The class scores, if there are several.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
@@ -162,25 +187,12 @@ def explain(
     preset: Preset = "default",
     settings: Settings = None,
     backend: BackendName = "auto",
-    dtype: Annotated[
-        Literal["float32", "float64"] | None, typer.Option(help="On the reference backend.")
-    ] = None,
-    preprocess: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="How pictures become input: imagenet, inception, caffe, cifar10 … or a JSON "
-            "file. By default what the model's metadata or a config file beside it says.",
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Class names: a text file, one a line, or JSON.")
-    ] = None,
+    dtype: Dtype = None,
+    preprocess: Preprocessing = None,
+    labels: Labels = None,
     input_name: InputName = None,
     output_name: OutputName = None,
-    layout: Annotated[
-        Layout | None, typer.Option(help="The input's axes, where its shape does not tell.")
-    ] = None,
+    layout: InputLayout = None,
     trace: Annotated[
         bool,
         typer.Option(
@@ -412,6 +424,108 @@ def _records(images: Sequence[Path], result: Attribution) -> list[dict[str, Any]
             zip(images, result.target, result.logits, strict=True)
         )
     ]
+
+
+# --- dataset ------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reporting()
+def dataset(
+    model: ModelFile,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of pictures, Parquet tables or CIFAR pickles; a Parquet, .npy or Zarr "
+            "file; or a pattern in quotes, such as 'photos/**/*.jpg'.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Folder to write. Of the same job, it is gone on with."),
+    ],
+    method: Annotated[str, typer.Option("-m", "--method", help="See 'rectgrad methods'.")] = (
+        "rectgrad"
+    ),
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "-t", "--target", help="Class index or name; by default each picture's predicted class."
+        ),
+    ] = None,
+    preset: Preset = "default",
+    settings: Settings = None,
+    precision: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Of the stored maps.")
+    ] = "float32",
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Pictures that are read, explained and written together.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures in one forward pass.")] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="One picture in a forward pass.")
+    ] = False,
+    backend: BackendName = "auto",
+    dtype: Dtype = None,
+    preprocess: Preprocessing = None,
+    labels: Labels = None,
+    input_name: InputName = None,
+    output_name: OutputName = None,
+    layout: InputLayout = None,
+    threads: Annotated[int | None, typer.Option(help="Of each process.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="A Ray cluster: local, auto or HOST:PORT."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on the Ray cluster.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain every picture of a data set; killed and called again, it goes on."""
+    from .dataset import explain_dataset
+
+    (chosen,) = _methods([method], preset, settings or [])
+    _check_parent(out)
+    with _bar(
+        TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task("", total=None)
+        store = explain_dataset(
+            model,
+            source,
+            out,
+            method=chosen,
+            target=_targets([target] if target else [], 1)[0],
+            precision=precision,
+            chunk_size=chunk_size,
+            batch_size=batch_size,
+            batch_invariant=batch_invariant,
+            preprocess=preprocess,
+            backend=backend,
+            dtype=dtype,
+            input=input_name,
+            output=output_name,
+            labels=labels,
+            layout=layout,
+            threads=threads,
+            ray=ray,
+            workers=workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    images, skipped = store.maps.shape[0], store.skipped
+    if as_json:
+        _print_json({"out": str(out), "images": images, "skipped": skipped, "job": store.job})
+        return
+    if skipped:
+        _tell("warning", f"{skipped} pictures have no map: see status in {out / 'table'}", "yellow")
+    print(f"wrote {out}: {images - skipped} maps")
+
+
+class _Rate(ProgressColumn):
+    """Pictures per second, lately."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.3g}/s")
 
 
 # --- inspect ------------------------------------------------------------------------------------

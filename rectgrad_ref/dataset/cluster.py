@@ -1,0 +1,107 @@
+"""The same job on a Ray cluster: each worker holds one Explainer and writes chunks of its own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendUnavailable, RectGradError
+from .job import Job
+from .store import Store
+
+# Chunks that a worker is given at once: while it explains one, it reads the next.
+_RUN = 4
+_PATIENCE = 10  # seconds
+
+
+class _Worker:
+    """What an actor of Ray Data holds."""
+
+    def __init__(self, job: Job, store: Store) -> None:
+        self.job, self.store = job, store
+        self.explainer = job.explainer()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        # In place of a worker that died, those that it had finished are not made again.
+        wanted = set(batch["chunk"].tolist())
+        finished = wanted & self.store.finished()
+        for number in finished:
+            yield {"chunk": np.array([number])}
+        for number in self.job.run(self.explainer, self.store, sorted(wanted - finished)):
+            yield {"chunk": np.array([number])}
+
+
+def run_on_ray(
+    job: Job, store: Store, numbers: Sequence[int], address: str, workers: int | None
+) -> Iterator[int]:
+    """Make chunks on a Ray cluster, and yield the number of each that is written.
+
+    Parameters
+    ----------
+    address : str
+        ``"local"``, ``"auto"`` or ``"HOST:PORT"``.
+    workers : int or None
+        Actors, each with the job's number of threads and, on a backend that needs one, a GPU; at
+        most, and by default, as many as the cluster has room for.
+
+    Raises
+    ------
+    BackendUnavailable
+        The cluster cannot be reached, or has no room for one worker.
+    """
+    if not numbers:
+        return
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    connected_here = not ray.is_initialized()
+    if connected_here:
+        _connect(ray, address)
+    try:
+        needs = {"CPU": job.loading["threads"], "GPU": int(job.loading["backend"] == "cuda")}
+        there = ray.cluster_resources()
+        room = min(int(there.get(kind, 0)) // number for kind, number in needs.items() if number)
+        if not room:
+            raise BackendUnavailable(
+                f"a worker takes {needs['CPU']} processors and {needs['GPU']} GPUs, which the Ray "
+                "cluster does not have; give fewer threads"
+            )
+        runs = -(-len(numbers) // _RUN)
+        DataContext.get_current().enable_progress_bars = False
+        written = ray.data.from_items(
+            [{"chunk": number} for number in numbers], override_num_blocks=runs
+        ).map_batches(
+            _Worker,
+            fn_constructor_args=(job, store),
+            compute=ActorPoolStrategy(size=min(workers or room, room, runs)),
+            batch_size=_RUN,
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"],
+        )
+        for row in written.iter_rows():
+            yield int(row["chunk"])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RectGradError):
+            raise error.cause from None
+        raise
+    finally:
+        if connected_here:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Start or join a cluster, quietly."""
+    host, colon, port = address.rpartition(":")
+    try:
+        if colon:
+            # Ray itself tries for minutes.
+            socket.create_connection((host, int(port)), _PATIENCE).close()
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BackendUnavailable(
+            f"no Ray cluster at {address}: {error}. Start one with 'ray start --head', or use "
+            "'local'"
+        ) from error
