@@ -1,0 +1,628 @@
+"""The walk back on a GPU: one kernel a step, all samples of a batch in one launch.
+
+Arrays in, arrays out: nothing here knows graphs or methods. The gradient of a value is a row of
+floats per sample, in the value's own axis order (channels first), in one arena: sample n begins at
+``base + n · stride``. Activations lie without gaps, as onnxruntime writes them; weights are
+(C_out, kh, kw, C_in per group), so that neighbouring threads read neighbouring input channels.
+
+What passes a thresholded activation is a list of nonzeros by pixel, in the order of the channels:
+pixel p of sample n has ``counts[n · P + p]`` of them from place ``(n · P + p) · C`` on. The
+transpose of a convolution *gathers*: each thread sums what reaches one input unit, window position
+by window position and channel by channel, and writes it once. So no float is summed atomically, and
+no result depends on the order in which blocks run, or on how many samples there are.
+
+τ is selected by the digits of the scores' bits, from the first eleven on: integers are counted, so
+that the order does not matter there. Either one block does all of a sample, or many blocks count
+one digit in one launch, and the last of them to finish looks which digit it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from . import cpu
+from .cpu import BY_EPSILON, PASS_AR
+
+_kernel = cuda.jit(cache=True)
+_device = cuda.jit(device=True)
+
+# A further mode of an activation: whatever is not zero passes.
+EVERYTHING = 6
+
+# Threads of a block, at most; and floats of a tile of `transpose`, with one to spare in each row.
+THREADS = 512
+TILE = 1056
+
+# The bits of a score are read in so many digits, from the highest; the last one may be shorter.
+BITS = 11
+DIGITS = -(-32 // BITS)
+BINS = 2**BITS
+COUNTS = 2 * BINS  # those of two ranks
+# Per sample: a known part of the bits and a rank, for each of two ranks.
+STATE = 4
+_ZERO = 0x7FFFFFFF
+
+_score = _device(cpu._score.py_func)
+_passes = _device(cpu._passes.py_func)
+_kernel_range = _device(cpu._kernel_range.py_func)
+_relu = _device(cpu._relu.py_func)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+@_device
+def _key(s):
+    """The bits of a score as an integer that is the larger, the smaller the score; NaN is first."""
+    if s != s:
+        return np.uint32(0)
+    if s == 0:
+        return np.uint32(_ZERO)
+    bits = s.view(np.uint32)
+    if bits >> np.uint32(31):
+        return bits
+    return np.uint32(np.uint32(_ZERO) - bits)
+
+
+@_device
+def _score_of(key):
+    """The inverse of `_key`."""
+    if key >> np.uint32(31):
+        return np.uint32(key).view(np.float32)
+    return np.uint32(np.uint32(_ZERO) - np.uint32(key)).view(np.float32)
+
+
+@_device
+def _shift(step):
+    """How many bits come after a digit."""
+    return max(32 - BITS * (step + 1), 0)
+
+
+@_device
+def _digit(key, step):
+    bits = min(BITS, 32 - BITS * step)
+    return np.int64(key) >> _shift(step) & (1 << bits) - 1
+
+
+@_device
+def _agree(key, prefix, step):
+    """Whether the digits before are those of the prefix."""
+    return np.int64(key) >> 32 - BITS * step == prefix >> 32 - BITS * step
+
+
+@_device
+def _clear(counts, wanted):
+    for i in range(cuda.threadIdx.x, wanted * BINS, cuda.blockDim.x):
+        counts[i] = 0
+    cuda.syncthreads()
+
+
+@_device
+def _count(
+    counts, prefixes, wanted, step, arena, row, active, where, first, last, mode, eps
+):  # fmt: skip
+    """Count the digits of the units first … last whose digits before are the known ones.
+
+    Most scores are zero: each thread counts these for itself.
+    """
+    zeros = 0
+    for u in range(first + cuda.threadIdx.x, last, cuda.blockDim.x):
+        s = _score(mode, active[where + u], arena[row + u], eps)
+        if s == 0:
+            zeros += 1
+            continue
+        key = _key(s)
+        for which in range(wanted):
+            if _agree(key, prefixes[which], step):
+                cuda.atomic.add(counts, which * BINS + _digit(key, step), 1)
+    zero = np.uint32(_ZERO)
+    for which in range(wanted):
+        if zeros > 0 and _agree(zero, prefixes[which], step):
+            cuda.atomic.add(counts, which * BINS + _digit(zero, step), zeros)
+    cuda.syncthreads()
+
+
+@_device
+def _narrow(counts, which, step, prefixes, ranks, sums):
+    """Find the digit in which the rank lies; it becomes known, and the rank one within it."""
+    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+    part = (BINS + threads - 1) // threads
+    first, last = min(thread * part, BINS), min((thread + 1) * part, BINS)
+    own, rank = 0, ranks[which]
+    for i in range(first, last):
+        own += counts[which * BINS + i]
+    sums[thread] = own
+    cuda.syncthreads()
+    reach = 1
+    while reach < threads:
+        before = sums[thread - reach] if thread >= reach else 0
+        cuda.syncthreads()
+        sums[thread] += before
+        cuda.syncthreads()
+        reach *= 2
+    above = sums[thread] - own
+    if above <= rank < above + own:
+        digit = first
+        while above + counts[which * BINS + digit] <= rank:
+            above += counts[which * BINS + digit]
+            digit += 1
+        prefixes[which] |= digit << _shift(step)
+        ranks[which] = rank - above
+    cuda.syncthreads()
+
+
+@_device
+def _finish(prefixes, wanted, fraction, products, tau, sample):
+    """The interpolated percentile, in double precision from the rounded scores.
+
+    The product goes through memory, so that it is rounded before it is added.
+    """
+    lower = np.float64(_score_of(np.uint32(prefixes[0])))
+    upper = np.float64(_score_of(np.uint32(prefixes[wanted - 1])))
+    if cuda.threadIdx.x == 0:
+        products[0] = (upper - lower) * fraction
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        tau[sample] = lower if wanted == 1 else lower + products[0]
+
+
+@_kernel
+def select(
+    arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau
+):  # fmt: skip
+    """τ of each sample, by one block each.
+
+    Parameters
+    ----------
+    arena, active : float32 array
+        Of which ``arena[base + n · stride + u]`` and ``active[a_base + n · units + u]`` are
+        unit u's gradient and activation.
+    mode, eps
+        The score, see `kernels.cpu`.
+    low, high, fraction
+        Ranks from the largest score on, 0-based: that of the lower score and that of the upper, and
+        how far τ lies from the one to the other.
+    tau : float64 array, (N,)
+        The result.
+    """
+    sample, thread = cuda.blockIdx.x, cuda.threadIdx.x
+    counts = cuda.shared.array(COUNTS, np.int32)
+    sums = cuda.shared.array(THREADS, np.int32)
+    prefixes = cuda.shared.array(2, np.int64)
+    ranks = cuda.shared.array(2, np.int64)
+    products = cuda.shared.array(1, np.float64)
+    wanted = 1 if low == high else 2
+    if thread == 0:
+        prefixes[0] = prefixes[1] = 0
+        ranks[0], ranks[1] = low, high
+    row, where = base + sample * stride, a_base + sample * units
+    for step in range(DIGITS):
+        _clear(counts, wanted)
+        _count(
+            counts, prefixes, wanted, step, arena, row, active, where, 0, units, mode, eps
+        )  # fmt: skip
+        for which in range(wanted):
+            _narrow(counts, which, step, prefixes, ranks, sums)
+    _finish(prefixes, wanted, fraction, products, tau, sample)
+
+
+@_kernel
+def select_digit(
+    arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau,
+    step, totals, states, tickets,
+):  # fmt: skip
+    """One digit of τ of each sample, by `gridDim.y` blocks each; three launches make `select`.
+
+    Parameters
+    ----------
+    step : int
+        Which digit.
+    totals : int32 array, (N · COUNTS,); tickets : int32 array, (N,)
+        All zero before and after.
+    states : int64 array, (N · STATE,)
+        Taken along from digit to digit.
+    """
+    sample, thread = cuda.blockIdx.x, cuda.threadIdx.x
+    counts = cuda.shared.array(COUNTS, np.int32)
+    sums = cuda.shared.array(THREADS, np.int32)
+    prefixes = cuda.shared.array(2, np.int64)
+    ranks = cuda.shared.array(2, np.int64)
+    products = cuda.shared.array(1, np.float64)
+    is_last = cuda.shared.array(1, np.int32)
+    wanted = 1 if low == high else 2
+    if thread == 0:
+        for which in range(2):
+            at = sample * STATE + 2 * which
+            prefixes[which] = states[at] if step > 0 else 0
+            ranks[which] = states[at + 1] if step > 0 else (low if which == 0 else high)
+    _clear(counts, wanted)
+    first = units * cuda.blockIdx.y // cuda.gridDim.y
+    last = units * (cuda.blockIdx.y + 1) // cuda.gridDim.y
+    row, where = base + sample * stride, a_base + sample * units
+    _count(
+        counts, prefixes, wanted, step, arena, row, active, where, first, last, mode, eps
+    )  # fmt: skip
+    begin = sample * COUNTS
+    for i in range(thread, wanted * BINS, cuda.blockDim.x):
+        if counts[i] > 0:
+            cuda.atomic.add(totals, begin + i, counts[i])
+    cuda.threadfence()
+    cuda.syncthreads()
+    if thread == 0:
+        is_last[0] = cuda.atomic.add(tickets, sample, 1) == cuda.gridDim.y - 1
+    cuda.syncthreads()
+    if is_last[0] == 0:
+        return
+    for i in range(thread, wanted * BINS, cuda.blockDim.x):
+        counts[i] = cuda.atomic.exch(totals, begin + i, 0)
+    cuda.syncthreads()
+    for which in range(wanted):
+        _narrow(counts, which, step, prefixes, ranks, sums)
+    if thread == 0:
+        tickets[sample] = 0
+        for which in range(2):
+            states[sample * STATE + 2 * which] = prefixes[which]
+            states[sample * STATE + 2 * which + 1] = ranks[which]
+    if step == DIGITS - 1:
+        _finish(prefixes, wanted, fraction, products, tau, sample)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+@_device
+def _selected(mode, a, r, eps, ceiling, strict, tau):
+    """Whether a gradient passes."""
+    if mode == EVERYTHING:
+        return True
+    if a >= ceiling and ceiling < np.inf:
+        return False
+    if mode < PASS_AR or tau == 0:
+        return _passes(mode, a, r, eps)
+    return np.float64(_score(mode, a, r, eps)) > tau and (a > 0 or not strict)
+
+
+@_device
+def _tau_of(tau, fixed, sample):
+    return fixed if fixed == fixed else tau[sample]
+
+
+@_kernel
+def activate(
+    arena, base, stride, active, a_base, units, mode, eps, ceiling, strict, fixed, tau,
+    to, to_stride, adds,
+):  # fmt: skip
+    """What passes an activation, all of it.
+
+    Parameters
+    ----------
+    fixed : float
+        τ, or NaN: each sample has its own in `tau`.
+    to, to_stride, adds
+        Where the result goes, which may be where the gradient lies; whether it is added there.
+    """
+    sample = cuda.blockIdx.x
+    threshold = _tau_of(tau, fixed, sample)
+    for u in range(_first(), units, _step()):
+        r, a = arena[base + sample * stride + u], active[a_base + sample * units + u]
+        passed = r if _selected(mode, a, r, eps, ceiling, strict, threshold) else np.float32(0)
+        _put(arena, to + sample * to_stride + u, passed, adds)
+
+
+@_device
+def _first():
+    """The first unit of a sample that this thread does."""
+    return cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+
+
+@_device
+def _step():
+    """How far it is to the next."""
+    return cuda.gridDim.y * cuda.blockDim.x
+
+
+@_device
+def _put(arena, at, value, adds):
+    arena[at] = arena[at] + value if adds else value
+
+
+@_kernel
+def compact(
+    arena, base, stride, active, a_base, channels, height, width, border, mode, eps, ceiling,
+    strict, fixed, tau, counts, which, values,
+):  # fmt: skip
+    """What passes an activation, as a list by pixel; each block does `blockDim.x` pixels.
+
+    Parameters
+    ----------
+    border : int
+        Whether the padding trick is on: the outermost pixels have nothing.
+    counts : int32 array, (N · P,); which : int32 array, (N · P · C,); values : float32 array
+        How many of each pixel pass, their channels, and their gradients.
+    """
+    sample, x, y = cuda.blockIdx.x, cuda.threadIdx.x, cuda.threadIdx.y
+    pixels = height * width
+    p = cuda.blockIdx.y * cuda.blockDim.x + x
+    found = cuda.shared.array(THREADS, np.int32)
+    threshold = _tau_of(tau, fixed, sample)
+    row, where = base + sample * stride + p, a_base + sample * channels * pixels + p
+    first, last = 0, 0
+    if p < pixels and not (border and _on_border(p, height, width)):
+        first = channels * y // cuda.blockDim.y
+        last = channels * (y + 1) // cuda.blockDim.y
+    own = 0
+    for c in range(first, last):
+        r = arena[row + c * pixels]
+        a = active[where + c * pixels] if mode != EVERYTHING else r
+        own += r != 0 and _selected(mode, a, r, eps, ceiling, strict, threshold)
+    found[y * cuda.blockDim.x + x] = own
+    cuda.syncthreads()
+    if p >= pixels:
+        return
+    before = 0
+    for i in range(y):
+        before += found[i * cuda.blockDim.x + x]
+    if y == cuda.blockDim.y - 1:
+        counts[sample * pixels + p] = before + own
+    if own == 0:
+        return
+    end = (sample * pixels + p) * channels + before
+    for c in range(first, last):
+        r = arena[row + c * pixels]
+        a = active[where + c * pixels] if mode != EVERYTHING else r
+        if r != 0 and _selected(mode, a, r, eps, ceiling, strict, threshold):
+            which[end] = c
+            values[end] = r
+            end += 1
+
+
+@_device
+def _on_border(p, height, width):
+    y, x = p // width, p % width
+    return y == 0 or y == height - 1 or x == 0 or x == width - 1
+
+
+@_kernel
+def ratio(
+    arena, base, stride, active, a_base, b_base, b_stride, units, mode, eps, to, to_stride, adds
+):  # fmt: skip
+    """A gradient times a ratio at a Relu, of which the activations are the inputs.
+
+    Parameters
+    ----------
+    b_base, b_stride
+        Where the inputs at the baseline lie in `active`; stride 0: one for all samples.
+    """
+    sample = cuda.blockIdx.x
+    for u in range(_first(), units, _step()):
+        r, z = arena[base + sample * stride + u], active[a_base + sample * units + u]
+        if mode == BY_EPSILON:
+            r = r * _relu(z) / (z + (eps if z >= 0 else -eps))
+        else:
+            z0 = active[b_base + sample * b_stride + u]
+            dz, da = z - z0, _relu(z) - _relu(z0)
+            if abs(dz) > eps:
+                r = r * (da / dz)
+            elif not (z + z0) / np.float32(2) > 0:
+                r = r * np.float32(0)
+        _put(arena, to + sample * to_stride + u, r, adds)
+
+
+# --- transposes of linear steps -------------------------------------------------------------------
+
+
+@_device
+def _window(origin, stride, extent):
+    """The window that begins at a padded coordinate, or −1."""
+    if stride > 1:
+        if origin % stride != 0:
+            return -1
+        origin //= stride
+    return origin if 0 <= origin < extent else -1
+
+
+@_kernel
+def transpose(
+    arena, to, to_stride, adds, channels, height, width, counts, which, values, s_channels,
+    s_height, s_width, weights, w_base, kh, kw, sh, sw, dh, dw, top, left, group, tile,
+):  # fmt: skip
+    """A convolution's transpose from the list of nonzeros of its output's gradient.
+
+    Each block does `tile` pixels and `blockDim.x` channels of one sample: threads along x read
+    neighbouring weights, and a tile in shared memory turns the sums round, so that neighbouring
+    threads write neighbouring pixels.
+
+    Parameters
+    ----------
+    channels, height, width
+        Of the target.
+    s_channels, s_height, s_width
+        Of the source.
+    tile : int
+        tile · (blockDim.x + 1) ≤ TILE.
+    """
+    sample, x = cuda.blockIdx.x, cuda.threadIdx.x
+    sums = cuda.shared.array(TILE, np.float32)
+    pixels, s_pixels = height * width, s_height * s_width
+    c_first, p_first = cuda.blockIdx.z * cuda.blockDim.x, cuda.blockIdx.y * tile
+    c = c_first + x
+    ins, outs = channels // group, s_channels // group
+    own, inside = c // ins, c % ins
+    for t in range(cuda.threadIdx.y, tile, cuda.blockDim.y):
+        p = p_first + t
+        if p >= pixels or c >= channels:
+            continue
+        y0, x0 = p // width + top, p % width + left
+        total = np.float32(0)
+        for i in range(kh):
+            oy = _window(y0 - i * dh, sh, s_height)
+            if oy < 0:
+                continue
+            for j in range(kw):
+                ox = _window(x0 - j * dw, sw, s_width)
+                if ox < 0:
+                    continue
+                place = sample * s_pixels + oy * s_width + ox
+                begin = place * s_channels
+                for k in range(begin, begin + counts[place]):
+                    co = which[k]
+                    if group == 1 or co // outs == own:
+                        row = ((co * kh + i) * kw + j) * ins
+                        total += values[k] * weights[w_base + row + inside]
+        sums[t * (cuda.blockDim.x + 1) + x] = total
+    cuda.syncthreads()
+    thread, threads = cuda.threadIdx.y * cuda.blockDim.x + x, cuda.blockDim.x * cuda.blockDim.y
+    for i in range(thread, tile * cuda.blockDim.x, threads):
+        p, c = p_first + i % tile, c_first + i // tile
+        if p < pixels and c < channels:
+            at = to + sample * to_stride + c * pixels + p
+            _put(arena, at, sums[i % tile * (cuda.blockDim.x + 1) + i // tile], adds)
+
+
+@_kernel
+def add(
+    arena, base, stride, to, to_stride, adds, units, pixels, weights, w_base, height, width, border
+):  # fmt: skip
+    """Copy a gradient or add it to another, times one factor per channel where `w_base` ≥ 0.
+
+    Parameters
+    ----------
+    border : int
+        Whether the padding trick clears the outermost of `height` · `width` pixels.
+    """
+    sample = cuda.blockIdx.x
+    for u in range(_first(), units, _step()):
+        r = arena[base + sample * stride + u]
+        if w_base >= 0:
+            r = r * weights[w_base + u // pixels]
+        if border and _on_border(u % pixels, height, width):
+            r = np.float32(0)
+        _put(arena, to + sample * to_stride + u, r, adds)
+
+
+# --- pools ----------------------------------------------------------------------------------------
+
+
+@_kernel
+def max_pool(
+    arena, base, stride, active, x_base, y_base, to, to_stride, adds, units, height, width,
+    s_height, s_width, kh, kw, sh, sw, dh, dw, top, left,
+):  # fmt: skip
+    """To the first maximum in row-major window order.
+
+    Parameters
+    ----------
+    x_base, y_base
+        Where the pool's input and output lie in `active`.
+    units, height, width
+        Of the input, which the result has the shape of; `s_height`, `s_width` of the output.
+    """
+    sample, pixels, s_pixels = cuda.blockIdx.x, height * width, s_height * s_width
+    s_units = units // pixels * s_pixels
+    for u in range(_first(), units, _step()):
+        c, p = u // pixels, u % pixels
+        plane = x_base + sample * units + c * pixels
+        own, total = active[plane + p], np.float32(0)
+        for i in range(kh):
+            oy = _window(p // width + top - i * dh, sh, s_height)
+            if oy < 0:
+                continue
+            for j in range(kw):
+                ox = _window(p % width + left - j * dw, sw, s_width)
+                if ox < 0:
+                    continue
+                o = c * s_pixels + oy * s_width + ox
+                if own != active[y_base + sample * s_units + o]:
+                    continue
+                first = oy * sh - top, ox * sw - left
+                if _is_first(active, plane, own, first, i, j, kw, dh, dw, height, width):
+                    total += arena[base + sample * stride + o]
+        _put(arena, to + sample * to_stride + u, total, adds)
+
+
+@_device
+def _is_first(active, plane, maximum, first, i, j, kw, dh, dw, height, width):
+    """Whether the maximum is nowhere in the window before kernel offset (i, j)."""
+    for k in range(i * kw + j):
+        y, x = first[0] + k // kw * dh, first[1] + k % kw * dw
+        if 0 <= y < height and 0 <= x < width and active[plane + y * width + x] == maximum:
+            return False
+    return True
+
+
+@_device
+def _cells(o, height, width, top, left, window):
+    """How many cells of height · width the window of output `o` reads."""
+    s_width, kh, kw, sh, sw, dh, dw = window
+    i_first, i_last = _kernel_range(o // s_width * sh - top, dh, kh, height)
+    j_first, j_last = _kernel_range(o % s_width * sw - left, dw, kw, width)
+    return (i_last - i_first) * (j_last - j_first)
+
+
+@_kernel
+def spread(
+    arena, base, stride, active, x_base, padded_height, padded_width, to, to_stride, adds, units,
+    height, width, s_height, s_width, kh, kw, sh, sw, dh, dw, top, left,
+):  # fmt: skip
+    """To all cells of a window alike.
+
+    Parameters
+    ----------
+    x_base : int
+        Where the pool's input lies in `active`, by which the result is multiplied; −1: by nothing.
+    padded_height, padded_width
+        0: the cells of the input are counted, and divided by; else those with the padding, which
+        is what has these extents; −1: nothing is divided.
+    """
+    sample, pixels, s_pixels = cuda.blockIdx.x, height * width, s_height * s_width
+    for u in range(_first(), units, _step()):
+        c, p = u // pixels, u % pixels
+        total = np.float32(0)
+        for i in range(kh):
+            oy = _window(p // width + top - i * dh, sh, s_height)
+            if oy < 0:
+                continue
+            for j in range(kw):
+                ox = _window(p % width + left - j * dw, sw, s_width)
+                if ox < 0:
+                    continue
+                o = oy * s_width + ox
+                r = arena[base + sample * stride + c * s_pixels + o]
+                if padded_height >= 0:
+                    window = s_width, kh, kw, sh, sw, dh, dw
+                    if padded_height > 0:
+                        cells = _cells(o, padded_height, padded_width, 0, 0, window)
+                    else:
+                        cells = _cells(o, height, width, top, left, window)
+                    r = r / np.float32(cells)
+                total += r
+        if x_base >= 0:
+            total = active[x_base + sample * units + u] * total
+        _put(arena, to + sample * to_stride + u, total, adds)
+
+
+@_kernel
+def share(
+    arena, base, stride, active, x_base, eps, to, to_stride, units, height, width, s_height,
+    s_width, kh, kw, sh, sw, dh, dw, top, left,
+):  # fmt: skip
+    """Of proportional redistribution, what each cell of a window gets per unit of activation.
+
+    R / (average + ε) / cells, in the shape of the pool's output, which `units` counts.
+    """
+    sample, pixels, s_pixels = cuda.blockIdx.x, height * width, s_height * s_width
+    s_units = units // s_pixels * pixels
+    for u in range(_first(), units, _step()):
+        o = u % s_pixels
+        y0, x0 = o // s_width * sh - top, o % s_width * sw - left
+        i_first, i_last = _kernel_range(y0, dh, kh, height)
+        j_first, j_last = _kernel_range(x0, dw, kw, width)
+        plane = x_base + sample * s_units + u // s_pixels * pixels
+        total = np.float32(0)
+        for i in range(i_first, i_last):
+            for j in range(j_first, j_last):
+                total += active[plane + (y0 + i * dh) * width + x0 + j * dw]
+        count = np.float32((i_last - i_first) * (j_last - j_first))
+        r = arena[base + sample * stride + u] / (total / count + eps) / count
+        arena[to + sample * to_stride + u] = r
