@@ -8,7 +8,6 @@ Every map is one of the CIFAR-10 networks that come with the package, on the dra
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,14 +15,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from drawings import SUBJECTS, drawing
 
 from rectgrad_ref import Attribution, Explainer, picture
 from rectgrad_ref.methods import METHODS
 from rectgrad_ref.onnx_models import published
 from rectgrad_ref.onnx_models.cifar10 import occlude
-
-sys.path.insert(0, str(Path(__file__).parent))
-from drawings import SUBJECTS, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,12 +75,9 @@ def layers() -> Figure:
 
 def classes() -> Figure:
     """The bird, as the class that it is taken for and as the one that it is."""
-    picture_ = drawing("bird")
-    both = [
-        network().explain([picture_, picture_], target=["airplane", "bird"], method=method)
-        for method in ("saliency", "guided_backprop", "rectgrad")
-    ]
-    return picture.side_by_side(both)
+    twice: dict[str, Any] = {"subjects": ("bird", "bird"), "target": ["airplane", "bird"]}
+    methods = ("saliency", "guided_backprop", "rectgrad")
+    return picture.side_by_side([explained(**twice, method=method) for method in methods])
 
 
 def patch() -> Figure:

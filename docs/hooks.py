@@ -2,8 +2,8 @@
 
 Files of the repository that are pages of the site too stay where they are, and are never copied. A
 fence ``math`` holds a formula in LaTeX, as forges show it; here it becomes MathML, which browsers
-render by themselves. The demo's page loads onnxruntime-web from a content delivery network, unless the
-environment variable ORT_WEB_DIST names the folder `dist` of that npm package.
+render by themselves. The demo's page loads onnxruntime-web from a content delivery network, unless
+the environment variable ORT_WEB_DIST names the folder `dist` of that npm package.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    runtime = os.environ.get("ORT_WEB_DIST")
-    arguments = [Path(config.site_dir) / "demo", *(["--runtime", runtime] if runtime else [])]
-    subprocess.run([sys.executable, Path(__file__).parent / "demo/build.py", *arguments], check=True)
+    command = [sys.executable, Path(__file__).parent / "demo/build.py", f"{config.site_dir}/demo"]
+    if runtime := os.environ.get("ORT_WEB_DIST"):
+        command += ["--runtime", runtime]
+    subprocess.run(command, check=True)
 
 
 def _mathml(source: str, *_: Any, **__: Any) -> str:
