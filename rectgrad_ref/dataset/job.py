@@ -114,7 +114,7 @@ class Job:
             if isinstance(recipe, Preprocess)
             else getattr(recipe, "__qualname__", None),
             "maps": {
-                "shape": [len(self.source), *self.shape],
+                "shape": list(self.shape),
                 "dtype": self.precision,
                 "chunk_size": self.chunk_size,
             },

@@ -137,7 +137,7 @@ class Parquet(Rows):
 
     The column holds binary values, or structures with a field ``bytes``, as Hugging Face's data
     sets do. It is called ``image`` where a table has several such columns. Of a row group, only a
-    few rows are in memory.
+    few pages are in memory.
     """
 
     kind: ClassVar[str] = "parquet"
@@ -179,7 +179,7 @@ class Parquet(Rows):
         from pyarrow import types
 
         def is_binary(kind: Any) -> bool:
-            return bool(types.is_binary(kind) or types.is_large_binary(kind))
+            return kind is not None and (types.is_binary(kind) or types.is_large_binary(kind))
 
         found = {}
         for field in file.schema_arrow:

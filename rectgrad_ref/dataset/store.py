@@ -109,8 +109,8 @@ class Store:
             self._table.mkdir(parents=True, exist_ok=True)
             zarr.create_array(
                 self._maps,
-                shape=tuple(maps["shape"]),
-                chunks=(maps["chunk_size"], *maps["shape"][1:]),
+                shape=(job["source"]["images"], *maps["shape"]),
+                chunks=(maps["chunk_size"], *maps["shape"]),
                 dtype=maps["dtype"],
                 fill_value=float("nan"),
                 # All chunks in one folder.
@@ -144,7 +144,7 @@ class Store:
         import zarr
         from pyarrow import parquet
 
-        array = zarr.open_array(self._maps, mode="r+", config={"write_empty_chunks": True})
+        array = zarr.open_array(self._maps, mode="r+").with_config({"write_empty_chunks": True})
         number = chunk.start // array.chunks[0]
         with self._writing():
             array[chunk.start : chunk.stop] = maps
