@@ -169,15 +169,17 @@ def lower_than(ours: str, pairs: Mapping[str, Comparison]) -> str:
     return f"{ours} is lower than {wins} of the images; {least_sure(pairs)}"
 
 
-def least_sure(pairs: Mapping[str, Comparison]) -> str:
-    """The largest p-value, and where networks disagree most."""
+def least_sure(pairs: Mapping[str, Comparison], repeats: str = "networks") -> str:
+    """The largest p-value, and where networks, or what else was repeated, disagree most."""
     largest = max(pairs, key=lambda name: pairs[name].p)
-    text = f"least sure: {p_value(pairs[largest].p)}" + (f" for {largest}" if largest else "")
+    text = p_value(pairs[largest].p)
+    if len(pairs) > 1:
+        text = f"least sure: {text} for {largest}"
     count = len(pairs[largest].network_wins)
     if count > 1:
         split = min(pairs, key=lambda name: pairs[name].agree)
         where = f" for {split}" if split and pairs[split].agree < count else ""
-        text += f"; the same on {pairs[split].agree} of {count} networks{where}"
+        text += f"; the same on {pairs[split].agree} of {count} {repeats}{where}"
     return text
 
 

@@ -45,6 +45,11 @@ def imagenet_methods(seed: int = 0) -> dict[str, Method]:
     return {**paper_methods(seed), "ε-LRP": EpsilonLRP()}
 
 
+def all_methods(seed: int = 0) -> dict[str, Method]:
+    """Every method of the paper."""
+    return {**imagenet_methods(seed), "Deconvolution": Deconvolution()}
+
+
 def figure_1_methods() -> dict[str, Method]:
     return {
         "Saliency": Saliency(),
@@ -60,11 +65,15 @@ def heatmaps(
     methods: Mapping[str, Method],
     *,
     keys: np.ndarray | None = None,
+    target: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every method's map of every image, summed over colours: (N, H, W)."""
+    """Every method's map of every image, summed over colours: (N, H, W).
+
+    `keys` and `target` are as in `Explainer.explain`.
+    """
     ids = None if keys is None else [int(key) for key in keys]
     return {
-        name: explainer.explain(images, method=method, keys=ids).heatmap()
+        name: explainer.explain(images, method=method, keys=ids, target=target).heatmap()
         for name, method in methods.items()
     }
 
@@ -112,9 +121,10 @@ def object_share(heatmap: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of maps (N, H, W): shape (N,); 0 where one of them is empty."""
-    product = (a * b).sum(axis=(1, 2))
-    norms = np.sqrt((a**2).sum(axis=(1, 2)) * (b**2).sum(axis=(1, 2)))
+    """Cosine of each pair of arrays (N, …): shape (N,); 0 where one of them is empty."""
+    first, second = (m.reshape(len(m), -1).astype(np.float64) for m in (a, b))
+    product = (first * second).sum(axis=1)
+    norms = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
     return np.asarray(np.where(norms > 0, product / np.where(norms > 0, norms, 1), 0))
 
 

@@ -1,0 +1,30 @@
+"""One module per check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.paper.report import Suite
+from bench.paper.runner import Experiment
+
+from .class_sensitivity import ClassSensitivity
+from .convergence import Convergence
+from .input_bias import InputBias
+from .randomization import Randomization
+
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    cls.name: cls for cls in (Randomization, ClassSensitivity, Convergence, InputBias)
+}
+SUITE = Suite(
+    name="sanity",
+    folder=Path(__file__).parents[1],
+    title="What the literature holds against it",
+    introduction=(
+        "Checks that RectGrad's own paper does not make, for every method, to be read next to what "
+        "it does claim:\n[bench/paper](../paper/RESULTS.md). A claim here is the critics'; where "
+        "it is reproduced, the method fails the check."
+    ),
+    origin="in the literature",
+    claimant="Literature",
+    experiments=EXPERIMENTS,
+)
