@@ -255,7 +255,7 @@ def test_relu6_saturates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trick", "masked"), [(True, PADDED), ("same", SAME), (False, set())], ids=str
+    ("trick", "masked"), [(True, PADDED), ("same", SAME), (False, set())], ids=["on", "same", "off"]
 )
 @pytest.mark.filterwarnings("ignore::rectgrad_ref.errors.RectGradWarning")
 def test_padding_trick(trick: Any, masked: set[str]) -> None:
