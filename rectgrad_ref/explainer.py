@@ -26,8 +26,8 @@ from .preprocess import PreprocessLike
 from .reference import Observer
 from .rules.declared import Rectify
 
-# Activations, gradients and temporaries of one chunk may together take about this much.
-_CHUNK_BYTES = 2**30
+# Activations, gradients and temporaries of one chunk, if each had memory of its own.
+_CHUNK_BYTES = 3 * 2**29
 _LAYOUT_AXES = 4
 _EXTENT = 224  # of an example, where the file leaves it open
 
@@ -65,7 +65,7 @@ class Explainer:
     threads : int, optional
         Of the forward pass and of the walk back; one per processor by default.
     batch_size : int, optional
-        Samples per forward pass; by default as many as take about one gigabyte.
+        At most so many samples per forward pass; by default as many as take about one gigabyte.
 
     Raises
     ------
@@ -409,8 +409,10 @@ class _Run:
         return self.explainer._prepare((batch, *self.x.shape[1:]), self.method)
 
     def _chunks(self, n: int) -> Iterator[slice]:
-        for start in range(0, n, self.chunk):
-            yield slice(start, min(start + self.chunk, n))
+        """Of nearly the same size: a small last one would be slow, and need a plan of its own."""
+        size = -(-n // -(-n // self.chunk)) if n else 1
+        for start in range(0, n, size):
+            yield slice(start, min(start + size, n))
 
     def _choose(self, scores: np.ndarray, rows: slice) -> np.ndarray:
         if self._given is not None:
