@@ -92,6 +92,9 @@ class Experiment(ABC):
         Settings with which it ends within five minutes on two cores.
     revision
         Of what units compute and store; raised so that older results are not taken for newer ones.
+    family
+        Experiments of one family and the same settings share what they have found; by default
+        each is its own.
     extent
         The settings that decide which units there are, and nothing about what one of them finds:
         a run that raises them starts from the units of those before it.
@@ -103,6 +106,7 @@ class Experiment(ABC):
     paper: ClassVar[str]
     quick: ClassVar[Mapping[str, Any]] = {}
     revision: ClassVar[int] = 1
+    family: ClassVar[str] = ""
     extent: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -159,7 +163,7 @@ def run(
     decisive = {key: settings[key] for key in settings if key not in experiment.extent}
     hashed = json.dumps(identity | {"settings": decisive}, sort_keys=True)
     digest = hashlib.sha256(hashed.encode()).hexdigest()[:12]
-    folder = work / f"{experiment.name}-{digest}"
+    folder = work / f"{experiment.family or experiment.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     machine = describe()
@@ -193,8 +197,8 @@ def run(
     path = out / f"{experiment.name}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    pictures = folder / "pictures" / experiment.name
+    pictures.mkdir(parents=True, exist_ok=True)
     experiment.pictures(sources, pictures)
     console.print(f"{experiment.name}: {conclusion.verdict}; {path}; pictures: {pictures}")
     return path

@@ -38,11 +38,14 @@ def structural_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     from skimage.metrics import structural_similarity as ssim
 
     pairs = zip(_picture(a), _picture(b), strict=True)
-    return np.array([ssim(first, second, data_range=2.0) for first, second in pairs])
+    return np.array([ssim(first, second, data_range=1.0) for first, second in pairs])
 
 
 def _picture(heatmap: np.ndarray) -> np.ndarray:
-    """Capped at 0.5 and 99.5 %, within [−1, 1]."""
+    """Capped at 0.5 and 99.5 %; grey levels within [0, 1], zero in the middle.
+
+    SSIM compares means too, so that a sign would cancel where both mean and structure have it.
+    """
     capped = np.asarray(cap(heatmap, 0.5, 99.5), np.float64)
     largest = np.abs(capped).max(axis=(1, 2), keepdims=True)
-    return capped / np.where(largest > 0, largest, 1)
+    return (capped / np.where(largest > 0, largest, 1) + 1) / 2

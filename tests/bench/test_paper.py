@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +18,20 @@ from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 
+from experiment_checks import blobs, few_estimators, run_and_report
+
 from bench.paper import report, sources
 from bench.paper.__main__ import app
 from bench.paper.deletion import deletion_curve
-from bench.paper.evidence import Claim, Conclusion, Table, compare
+from bench.paper.evidence import (
+    Claim,
+    Conclusion,
+    Table,
+    compare,
+    distribution_table,
+    least_sure,
+    quartiles,
+)
 from bench.paper.experiments import EXPERIMENTS, SUITE, feature_map_occlusion, roar
 from bench.paper.experiments.adversarial import fast_gradient_sign, value_range
 from bench.paper.maps import (
@@ -38,24 +46,23 @@ from bench.paper.maps import (
     total_variation,
 )
 from bench.paper.runner import Arrays, Experiment, Results, Unit, run, stacked
-from bench.paper.sources import Classifier, Masked, Sources, normalized
-from rectgrad_ref import Explainer, picture
+from bench.paper.sources import Sources, normalized
+from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidImage, InvalidModel
-from rectgrad_ref.onnx_models.cifar10 import CLASS_NAMES, Cifar10, occlude
 from rectgrad_ref.onnx_models.cifar10_cnn import network_path
 
 pytestmark = pytest.mark.filterwarnings("ignore::rectgrad_ref.errors.RectGradWarning")
 
 TINY: dict[str, dict[str, Any]] = {
     "side_by_side": {"photos": 1},
-    "training_occlusion": {"images": 3, "batch": 2},
-    "feature_map_occlusion": {"masked": 2, "steps": 3, "trials": 2},
+    "training_occlusion": {"images": 3, "networks": 2},
+    "feature_map_occlusion": {"masked": 2, "networks": 2, "steps": 3, "trials": 2},
     "feature_maps": {"masked": 2, "noisy": 1},
     "threshold_sweep": {"images": 3, "photos": 1},
     "coherence": {"masked": 2, "photos": 1},
     "adversarial": {"images": 3, "photos": 1},
     "layer_wise": {"masked": 2, "photos": 1},
-    "noise_level": {"masked": 2, "images": 2},
+    "noise_level": {"masked": 2, "images": 2, "networks": 2},
     "propagation_rules": {"masked": 2, "images": 3, "steps": 3, "photos": 1},
     "roar": {
         "train_images": 3,
@@ -67,55 +74,14 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def blobs(n: int, seed: int = 0) -> np.ndarray:
-    """Smooth pictures (n, 3, 32, 32)."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (n, 3, 8, 8), np.uint8)
-    return coarse.repeat(4, axis=2).repeat(4, axis=3)
-
-
-@pytest.fixture(scope="module")
-def small() -> Sources:
-    """Stand-ins for the data, rightly classified by definition."""
-    # Another name than "cpu", so that networks are trained in stacks as on a GPU.
-    classifier = Classifier(network_path(), "cifar10")
-    made = Sources(classifier=classifier, backend="cpu", device="cpu:0")
-    explainer = made.network()
-    for name, images in (("train", blobs(12)), ("test", blobs(6, seed=1))):
-        labels = explainer.explain(normalized(images), method="random").logits.argmax(axis=1)
-        made.__dict__[name] = Cifar10(images, labels, CLASS_NAMES)
-    background = np.ones((12, 32, 32), bool)
-    background[:, 8:24, 8:24] = False
-    made.__dict__["occluded_test"] = occlude(made.test.images)
-    made.__dict__["masked"] = Masked(
-        np.arange(12), made.train.images, made.train.labels, background
-    )
-    return made
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs(
     name: str, small: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(picture, "_DPI", 40)  # drawing is half of the time
     if name == "roar":
         pytest.importorskip("torch")
-    out = tmp_path / "results"
-    experiment = EXPERIMENTS[name](**TINY[name])
-    path = run(experiment, small, work=tmp_path / "work", out=out, console=Console(quiet=True))
-    record = json.loads(path.read_text("utf-8"))
-    assert record["experiment"] == name and record["settings"].keys() == TINY[name].keys() | {
-        field for field in record["settings"]
-    }
-    assert record["environment"]["versions"]["numpy"] == np.__version__
-    assert record["environment"]["commits_of_units"] and record["inputs"]
-    assert all((out / plot).stat().st_size > 1000 for plot in record["plots"])
-    assert record["tables"] and record["numbers"]
-    assert "NaN" not in path.read_text("utf-8")
-    report.write(SUITE, out, tmp_path / "RESULTS.md")
-    text = (tmp_path / "RESULTS.md").read_text("utf-8")
-    assert f"## {record['title']} ({record['figures']})" in text
-    for claim in record["claims"]:
-        assert f"- {'✓' if claim['holds'] else '✗'} {claim['text']}" in text
+        few_estimators(monkeypatch)
+    run_and_report(SUITE, EXPERIMENTS[name](**TINY[name]), small, tmp_path)
 
 
 def test_experiments_are_the_papers_by_default() -> None:
@@ -135,10 +101,12 @@ class Counting(Experiment):
     title: ClassVar[str] = "Counting"
     figures: ClassVar[str] = "figure 0"
     paper: ClassVar[str] = "It counts."
+    extent: ClassVar[frozenset[str]] = frozenset({"count"})
     asked: ClassVar[list[int]] = []
     fails_at: ClassVar[int | None] = None
 
     count: int = 4
+    start: int = 0
 
     def inputs(self, sources: Sources) -> dict[str, str]:
         return {}
@@ -150,11 +118,12 @@ class Counting(Experiment):
             self.asked.append(i)
             return {"square": np.array([i * i])}
 
-        return {f"{i}": partial(square, i) for i in range(self.count)}
+        return {f"{i}": partial(square, i) for i in range(self.start, self.count)}
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
         squares = stacked(found)["square"].tolist()
-        claim = Claim("It counts", squares == [i * i for i in range(self.count)], str(squares))
+        expected = [i * i for i in range(self.start, self.count)]
+        claim = Claim("It counts", squares == expected, str(squares))
         return Conclusion("four", {"squares": squares}, [Table(["a|b"], [["1"]])], [claim])
 
 
@@ -186,9 +155,22 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert counting.asked == [0, 1, 2, 3] and record["verdict"] == "reproduced"
     go(counting())
     assert counting.asked == [0, 1, 2, 3]
-    go(counting(count=2))
+    go(counting(start=2))
     go(counting(count=2), sources=Sources(seed=1))
-    assert counting.asked[4:] == [0, 1, 0, 1]
+    assert counting.asked[4:] == [2, 3, 0, 1]
+
+
+def test_a_larger_extent_starts_from_what_is_there(
+    counting: type[Counting], tmp_path: Path
+) -> None:
+    def go(count: int) -> str:
+        experiment, folder = counting(count=count), tmp_path / "work"
+        quiet = Console(quiet=True)
+        path = run(experiment, Sources(), work=folder, out=tmp_path / "out", console=quiet)
+        return str(json.loads(path.read_text("utf-8"))["verdict"])
+
+    assert [go(2), go(4), go(3)] == ["reproduced"] * 3  # each concludes from its own units
+    assert counting.asked == [0, 1, 2, 3]
 
 
 def test_the_verdict_counts_claims() -> None:
@@ -231,6 +213,26 @@ def test_comparisons_are_paired_and_corrected() -> None:
     assert pairs["higher"].lower and pairs["higher"].wins == 1 and not pairs["higher"].higher
     assert pairs["same"].wins == 0.5 and pairs["same"].p == 1
     assert not pairs["noise"].lower and not pairs["noise"].higher
+
+
+def test_an_order_must_be_the_same_on_every_network() -> None:
+    rng = np.random.default_rng(0)
+    other = rng.normal(size=(3, 200))
+    pair = compare(other - 0.2, {"": other})[""]
+    assert pair.lower and not pair.higher and pair.agree == 3
+    shift = np.array([[-0.4], [-0.4], [0.1]])
+    pair = compare(other + shift, {"": other})[""]
+    assert pair.p < 1e-4 and pair.wins == 1 and not pair.lower and pair.agree == 2
+    assert least_sure({"": pair}, "draws").endswith("the same on 2 of 3 draws")
+
+
+def test_quartiles_are_averaged_over_networks() -> None:
+    networks = np.array([[0.0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])
+    assert quartiles(networks)["median"] == 3 and quartiles(networks)["lower"] == 2
+    assert quartiles(networks)["sd of medians"] == pytest.approx(2**0.5)
+    assert "sd of medians" not in quartiles(networks[0])
+    (row,) = distribution_table({"a": networks}).rows
+    assert row[2] == "3 ± 1.41"
 
 
 def test_holm_multiplies_the_smallest_by_the_number_of_tests() -> None:
@@ -353,10 +355,10 @@ def test_ranks_decide_as_percentiles_do(fraction: float) -> None:
 
 
 def test_ranks_do_not_depend_on_the_batch(small: Sources) -> None:
-    explainer, method = small.network(), roar.estimators()["SmoothGrad"]
+    explainer, estimator = small.network(), roar.Roar().estimators()["SmoothGrad"]
     images = small.train.images
-    whole = roar.pixel_ranks(explainer, method, images, slice(0, 4), 0)["ranks"]
-    part = roar.pixel_ranks(explainer, method, images, slice(2, 4), 0)["ranks"]
+    whole = roar.pixel_ranks(explainer, estimator, images, slice(0, 4), 0)["ranks"]
+    part = roar.pixel_ranks(explainer, estimator, images, slice(2, 4), 0)["ranks"]
     assert (np.sort(whole.reshape(4, -1), axis=1) == np.arange(1024)).all()
     assert (whole[2:] == part).mean() > 0.99  # sums in another order may swap neighbours
 
@@ -389,32 +391,16 @@ def test_the_same_networks_are_trained_in_stacks_and_alone() -> None:
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidImage, match="--masks"):
         _ = Sources().masked
+    with pytest.raises(InvalidModel, match="--seed 3"):
+        Sources().network_file(3)
+    with pytest.raises(InvalidModel, match="does not exist"):
+        Sources(networks=tmp_path).network_file(3)
     with pytest.raises(InvalidModel, match="--classifier"):
         Sources(classifier=None).needed_classifier()
     with pytest.raises(InvalidImage, match="cat_1_mask"):
         sources._class_and_number(Path("kitten_1_mask.jpg"))
     with pytest.raises(InvalidImage, match="no files"):
         _ = Sources(masks=tmp_path).masked
-
-
-@pytest.fixture(scope="module")
-def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """The real data."""
-    folder = tmp_path_factory.mktemp("cifar10")
-    unpack = shared_data / "cifar10" / "unpack.py"
-    subprocess.run([sys.executable, unpack, folder], check=True, capture_output=True)
-    models = shared_data / "models"
-    return Sources(
-        cifar=folder,
-        masks=shared_data / "cifar10_masks",
-        classifier=Classifier(
-            models / "imagenet_squeezenet1.1_logits.onnx",
-            "caffe",
-            models / "imagenet_synsets.txt",
-            sorted((shared_data / "photos").iterdir()),
-        ),
-        backend="cpu",
-    )
 
 
 def test_masks_find_their_training_images(real: Sources, shared_data: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,14 +17,14 @@ from rectgrad_ref.methods.noise import normal
 from rectgrad_ref.onnx_models.cifar10 import Cifar10
 
 from .. import plots
-from ..evidence import Claim, Conclusion, Table, compare, number
+from ..evidence import SIGNIFICANT, Claim, Conclusion, Table, compare, p_value
 from ..maps import PRR, RECTGRAD, paper_methods
 from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources, checksum, normalized
 
 Test = Literal["ROAR", "KAR"]
 TESTS: tuple[Test, ...] = ("ROAR", "KAR")
-_QUANTITIES: dict[Test, str] = {
+QUANTITIES: dict[Test, str] = {
     "ROAR": "area under the ROAR curve",
     "KAR": "area over the KAR curve",
 }
@@ -61,7 +61,10 @@ class Roar(Experiment):
         Trained for each estimator and fraction, with seeds 0, 1, …
     """
 
+    tests: ClassVar[tuple[Test, ...]] = TESTS
+
     name: ClassVar[str] = "roar"
+    family: ClassVar[str] = "roar"
     title: ClassVar[str] = "ROAR and KAR"
     figures: ClassVar[str] = "Table 1 and figure 18"
     paper: ClassVar[str] = (
@@ -91,18 +94,27 @@ class Roar(Experiment):
             "test": checksum(sources.test.images[: self.test_images]),
         }
 
-    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer = sources.network()
-        data = {
+    def estimators(self, seed: int = 0) -> dict[str, Estimator]:
+        """Those of Table 1: the paper's methods but PRR, and noise."""
+        methods = {"Random": Random(seed=seed), **paper_methods(seed)}
+        return {name: Estimator(method) for name, method in methods.items() if name != PRR}
+
+    def data(self, sources: Sources) -> dict[str, Cifar10]:
+        """The images and their labels, by split."""
+        return {
             "train": _first(sources.train, self.train_images),
             "test": _first(sources.test, self.test_images),
         }
+
+    def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
+        explainer = sources.network()
+        data = self.data(sources)
         units: dict[str, Unit] = {}
-        for estimator, method in estimators(sources.seed).items():
+        for name, estimator in self.estimators(sources.seed).items():
             for split, part in data.items():
                 for key, rows in batches(len(part.labels), _BATCH).items():
-                    units[f"ranks-{estimator}-{split}-{key}"] = partial(
-                        pixel_ranks, explainer, method, part.images, rows, sources.seed
+                    units[f"ranks-{name}-{split}-{key}"] = partial(
+                        pixel_ranks, explainer, estimator, part.images, rows, sources.seed
                     )
         for stack in self._stacks(stacked=sources.device != "cpu"):
             units[f"accuracy-{_label(stack)}"] = partial(self._retrain, sources, done, data, stack)
@@ -118,7 +130,7 @@ class Roar(Experiment):
         baselines = [Member(BASELINE, "ROAR", 0.0, seed) for seed in seeds]
         tests = [
             [Member(estimator, test, f, seed) for f in self.fractions for seed in seeds]
-            for estimator, test in itertools.product(estimators(), TESTS)
+            for estimator, test in itertools.product(self.estimators(), self.tests)
         ]
         if stacked:
             yield from (baselines, *tests)
@@ -138,8 +150,7 @@ class Roar(Experiment):
 
         colour = data["train"].images.mean(axis=(0, 2, 3))
         train_images, test_images = (
-            _versions(part.images, stack, ranks_of(done, stack[0].estimator, split), colour)
-            for split, part in data.items()
+            _versions(part.images, stack, done, split, colour) for split, part in data.items()
         )
         checkpoint = done.folder / f"{_label(stack)}.checkpoint"
         trained = train(
@@ -157,49 +168,26 @@ class Roar(Experiment):
         return {member.label: right for member, right in zip(stack, correct, strict=True)}
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        correct = self._correct(found)
-        areas = {test: self._areas(correct, test) for test in TESTS}
-        plain = correct[f"ROAR, {BASELINE}, 0"].mean()
+        correct = self.correct(found)
+        areas = {test: self.areas(correct, test) for test in TESTS}
         claims = []
-        for test, quantity in _QUANTITIES.items():
-            per_image = {e: area.inner.mean(axis=0) for e, area in areas[test].items()}
-            pairs = compare(
-                per_image[RECTGRAD], {e: v for e, v in per_image.items() if e != RECTGRAD}
-            )
-            # Most images come out alike, so the mean decides, not how many are lower.
-            lowest = all(pair_mean(per_image, e) < 0 for e in pairs)
-            sure = all(pair.p < 0.01 for pair in pairs.values())
-            claims.append(
-                Claim(
-                    f"RectGrad has the lowest {quantity}",
-                    lowest and sure,
-                    f"{number(per_image[RECTGRAD].mean())} against "
-                    + ", ".join(
-                        f"{number(per_image[e].mean())} ({e}, p = {pair.p:.2g})"
-                        for e, pair in pairs.items()
-                    ),
-                )
-            )
+        for test, quantity in QUANTITIES.items():
+            inner = {e: area.inner for e, area in areas[test].items()}
+            ours = inner.pop(RECTGRAD)
+            claims.append(Claim(f"RectGrad has the lowest {quantity}", *smaller(ours, inner)))
         rows = [
             [e]
             + [
                 cell
                 for test, published in zip(TESTS, TABLE_1[e], strict=True)
-                for cell in (*_cells(areas[test][e]), f"{published:.4f}")
+                for cell in (*cells(areas[test][e]), f"{published:.4f}")
             ]
-            for e in estimators()
+            for e in self.estimators()
         ]
-        low, high = self.fractions[0], self.fractions[-1]
-        span = f"[{low:g}, {high:g}]"
-        head = ["estimator", f"ROAR AUC {span}", "[0, 1]", "paper"]
-        head += [f"KAR AOC {span}", "[0, 1]", "paper"]
+        head = ["estimator", f"ROAR AUC {self.span}", "[0, 1]", "paper"]
+        head += [f"KAR AOC {self.span}", "[0, 1]", "paper"]
         return Conclusion(
-            scale=(
-                f"{self.train_images:,} of 50,000 training and {self.test_images:,} of "
-                f"10,000 test images, {self.epochs} of 20 epochs, {self.networks} of 3 networks "
-                f"for each of {len(self.fractions)} of 5 fractions; unmodified accuracy "
-                f"{plain:.1%}."
-            ),
+            scale=self.scale(correct),
             numbers={
                 "accuracy": {k: v.mean(axis=1).tolist() for k, v in correct.items()},
                 "area": {
@@ -219,22 +207,23 @@ class Roar(Experiment):
                 )
             ],
             claims=claims,
-            reduced=self != Roar(),
+            reduced=self.reduced,
             remarks=[
                 "Significance is paired over test images, of each image's area averaged over "
-                "networks.",
+                "networks; with one network for each estimator and fraction it says nothing about "
+                "the chance in training.",
                 "Removed pixels take the training set's mean colour, rounded to whole grey levels.",
             ],
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
-        correct = self._correct(found)
-        figure, axes = plots.figure(2, width=3.6, height=3)
+        correct = self.correct(found)
+        figure, axes = plots.figure(len(self.tests), width=3.6, height=3)
         plain = correct[f"ROAR, {BASELINE}, 0"].mean()
-        for ax, test in zip(axes, TESTS, strict=True):
+        for ax, test in zip(axes, self.tests, strict=True):
             lines = {
                 e: np.array([100 * correct[f"{test}, {e}, {f:g}"].mean() for f in self.fractions])
-                for e in sorted(estimators(), key=lambda e: e != RECTGRAD)
+                for e in sorted(self.estimators(), key=lambda e: e != RECTGRAD)
             }
             plots.curves(
                 ax,
@@ -244,12 +233,31 @@ class Roar(Experiment):
                 ylabel="test accuracy, %" if test == "ROAR" else "",
                 title=test,
                 marker="o",
-                legend=test == "KAR",
+                legend=ax is axes[-1],
             )
             ax.axhline(100 * plain, color="0.6", linewidth=0.8, linestyle="--")
         return [plots.save(figure, folder, self.name)]
 
-    def _correct(self, found: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+    @property
+    def reduced(self) -> bool:
+        """Whether the settings are not the paper's."""
+        return asdict(self) != asdict(type(self)())
+
+    @property
+    def span(self) -> str:
+        """The interval of fractions."""
+        return f"[{self.fractions[0]:g}, {self.fractions[-1]:g}]"
+
+    def scale(self, correct: Arrays) -> str:
+        """How much of the paper's protocol it is."""
+        return (
+            f"{self.train_images:,} of 50,000 training and {self.test_images:,} of 10,000 test "
+            f"images, {self.epochs} of 20 epochs, {self.networks} of 3 networks for each of "
+            f"{len(self.fractions)} of 5 fractions; unmodified accuracy "
+            f"{correct[f'ROAR, {BASELINE}, 0'].mean():.1%}."
+        )
+
+    def correct(self, found: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """Which test images the networks classify rightly: version → (networks, N)."""
         single: dict[str, np.ndarray] = {}
         for key in found:
@@ -261,15 +269,24 @@ class Roar(Experiment):
             for version in versions
         }
 
-    def _areas(self, correct: Arrays, test: Test) -> dict[str, Area]:
+    def areas(self, correct: Arrays, test: Test) -> dict[str, Area]:
+        """Of each estimator's curve."""
         result = {}
-        for estimator in estimators():
+        for estimator in self.estimators():
             curves = np.stack([correct[f"{test}, {estimator}, {f:g}"] for f in self.fractions])
             ends = [correct[f"ROAR, {BASELINE}, 0"], np.full(curves.shape[1:], CHANCE)]
             if test == "KAR":
                 ends.reverse()
             result[estimator] = area(np.array(self.fractions), curves, ends, over=test == "KAR")
         return result
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A method, and the standard deviation in pixels of a Gaussian that blurs its maps."""
+
+    method: Method
+    blur: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -294,22 +311,20 @@ class Area:
     whole: np.ndarray
 
 
-def estimators(seed: int = 0) -> dict[str, Method]:
-    """Those of Table 1: the paper's methods but PRR, and noise."""
-    methods = {name: method for name, method in paper_methods(seed).items() if name != PRR}
-    return {"Random": Random(seed=seed), **methods}
-
-
 def pixel_ranks(
-    explainer: Explainer, method: Method, images: np.ndarray, rows: slice, seed: int
+    explainer: Explainer, estimator: Estimator, images: np.ndarray, rows: slice, seed: int
 ) -> Arrays:
     """The rank of each pixel in its image's map, 0 the least important: (n, H, W) uint16.
 
     Ties are broken by Gaussian noise of standard deviation 1e-4, as in the authors' code.
     """
+    from scipy.ndimage import gaussian_filter
+
     keys = range(rows.start, rows.stop)
-    attribution = explainer.explain(normalized(images[rows]), method=method, keys=keys)
+    attribution = explainer.explain(normalized(images[rows]), method=estimator.method, keys=keys)
     heatmap = attribution.heatmap().astype(np.float64)
+    if estimator.blur:
+        heatmap = gaussian_filter(heatmap, (0, estimator.blur, estimator.blur))
     # Pass numbers count from zero, so this noise is no other method's.
     noise = [normal(seed, key, 2**31, heatmap.shape[1:]) for key in keys]
     order = (heatmap + _TIE_NOISE * np.stack(noise)).reshape(len(keys), -1).argsort(axis=1)
@@ -332,19 +347,18 @@ def modify(
     return np.asarray(np.where(replaced[:, None], plain, images))
 
 
-def ranks_of(done: Results, estimator: str, split: str) -> np.ndarray | None:
-    """All ranks of an estimator, in the order of the images; None for unmodified images."""
-    if estimator == BASELINE:
-        return None
+def ranks_of(done: Results, estimator: str, split: str) -> np.ndarray:
+    """All ranks of an estimator, in the order of the images."""
     return stacked(done, f"ranks-{estimator}-{split}-")["ranks"]
 
 
 def _versions(
-    images: np.ndarray, stack: Sequence[Member], ranks: np.ndarray | None, colour: np.ndarray
+    images: np.ndarray, stack: Sequence[Member], done: Results, split: str, colour: np.ndarray
 ) -> np.ndarray:
     """Each member's images (M, N, C, H, W); all members have the same estimator."""
-    if ranks is None:
+    if stack[0].estimator == BASELINE:
         return np.stack([images] * len(stack))
+    ranks = ranks_of(done, stack[0].estimator, split)
     return np.stack([modify(images, ranks, m.test, m.fraction, colour) for m in stack])
 
 
@@ -361,9 +375,18 @@ def area(
     return Area(1 - inner, 1 - whole) if over else Area(inner, whole)
 
 
-def pair_mean(per_image: Mapping[str, np.ndarray], other: str) -> float:
-    """Mean of RectGrad − other."""
-    return float((per_image[RECTGRAD] - per_image[other]).mean())
+def smaller(ours: np.ndarray, others: Mapping[str, np.ndarray]) -> tuple[bool, str]:
+    """Whether one estimator's area (networks, N) is the smallest, and the evidence.
+
+    Most images come out alike, so the mean decides, not on how many images ours is smaller.
+    """
+    pairs = compare(ours, others)
+    lowest = all((ours.mean(axis=1) < other.mean(axis=1)).all() for other in others.values())
+    evidence = ", ".join(
+        f"{other.mean():.4f} ({name}, {p_value(pairs[name].p)})" for name, other in others.items()
+    )
+    sure = all(pair.p < SIGNIFICANT for pair in pairs.values())
+    return lowest and sure, f"{ours.mean():.4f} against {evidence}"
 
 
 def _first(data: Cifar10, count: int) -> Cifar10:
@@ -377,7 +400,7 @@ def _label(stack: Sequence[Member]) -> str:
     return f"{stack[0].test}, {stack[0].estimator}, {fractions}, {seeds}"
 
 
-def _cells(a: Area) -> list[str]:
+def cells(a: Area) -> list[str]:
     """Means over images, with the spread over networks."""
     return [
         f"{per.mean():.4f}" + (f" ± {per.std(ddof=1):.4f}" if len(per) > 1 else "")

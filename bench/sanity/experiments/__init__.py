@@ -7,13 +7,23 @@ from pathlib import Path
 from bench.paper.report import Suite
 from bench.paper.runner import Experiment
 
+from .blurry_maps import BlurryMaps
 from .class_sensitivity import ClassSensitivity
 from .convergence import Convergence
 from .input_bias import InputBias
 from .randomization import Randomization
+from .without_retraining import WithoutRetraining
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    cls.name: cls for cls in (Randomization, ClassSensitivity, Convergence, InputBias)
+    cls.name: cls
+    for cls in (
+        Randomization,
+        ClassSensitivity,
+        Convergence,
+        InputBias,
+        BlurryMaps,
+        WithoutRetraining,
+    )
 }
 SUITE = Suite(
     name="sanity",
