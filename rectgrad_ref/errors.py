@@ -27,6 +27,10 @@ class BackendUnavailable(RectGradError, RuntimeError):
     """The requested backend or execution provider is not installed."""
 
 
+class OutOfMemory(RectGradError, MemoryError):
+    """A device's memory does not hold what one chunk of samples takes."""
+
+
 class DownloadError(RectGradError, OSError):
     """A file cannot be fetched, or is not the one that was expected."""
 

@@ -101,8 +101,8 @@ class OnnxruntimeForward:
         Name of the image input.
     rebatch : bool
         Whether to make the declared batch extent symbolic.
-    providers : sequence of str
-        onnxruntime's execution providers, in order of preference.
+    providers : sequence of str or (str, dict)
+        onnxruntime's execution providers, in order of preference, with their options.
     threads : int or None
         Intra-op threads; None leaves the choice to onnxruntime.
 
@@ -123,7 +123,7 @@ class OnnxruntimeForward:
         input: str,
         *,
         rebatch: bool,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
         threads: int | None = None,
     ) -> None:
         self.dtype = np.dtype(np.float32)
@@ -135,20 +135,21 @@ class OnnxruntimeForward:
         self._providers, self._threads = list(providers), threads
         self._sessions: dict[tuple[Any, ...], Any] = {}
         available = self._runtime.get_available_providers()
-        for provider in providers:
+        names = [p if isinstance(p, str) else p[0] for p in providers]
+        for provider in names:
             if provider not in available:
                 raise BackendUnavailable(
                     f"onnxruntime has no {provider} here, only {', '.join(available)}. "
                     "For NVIDIA GPUs: pip uninstall onnxruntime; pip install 'rectgrad-ref[gpu]'"
                 )
-        self.description = f"onnxruntime {self._runtime.__version__} ({', '.join(providers)})"
+        self.description = f"onnxruntime {self._runtime.__version__} ({', '.join(names)})"
 
     def __call__(
         self,
         graph: Graph,
         x: np.ndarray,
         names: Sequence[str],
-        into: Mapping[str, np.ndarray] = MappingProxyType({}),
+        into: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, np.ndarray]:
         """The values called `names`; those of `into` are written there.
 
@@ -167,8 +168,7 @@ class OnnxruntimeForward:
             for name in asked:
                 binding.bind_output(name)
             for name, array in into.items():
-                place = (array.shape, array.ctypes.data)
-                binding.bind_output(_last(name), "cpu", 0, np.float32, *place)
+                self._bind(binding, graph, name, array)
             session.run_with_iobinding(binding)
             arrays = [output.numpy() for output in binding.get_outputs()[: len(asked)]]
         except Exception as error:  # onnxruntime's exceptions have no common base class
@@ -180,6 +180,15 @@ class OnnxruntimeForward:
     def _typed(self, value: np.ndarray) -> np.ndarray:
         is_float = np.issubdtype(value.dtype, np.floating)
         return value.astype(self.dtype, copy=False) if is_float else value
+
+    def _bind(self, binding: Any, graph: Graph, name: str, array: Any) -> None:
+        """Have the value written there."""
+        place = (array.shape, array.ctypes.data)
+        binding.bind_output(_last(name), "cpu", 0, np.float32, *place)
+
+    def _written(self, graph: Graph, name: str) -> tuple[list[onnx.NodeProto], str]:
+        """Nodes that make of the value what `into` wants, and the name of their result."""
+        return _channels_last(graph, name), _last(name)
 
     def _session(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> Any:
         # The threads of a session do not survive a fork; the child makes its own.
@@ -206,7 +215,7 @@ class OnnxruntimeForward:
         return self._sessions[which]
 
     def _exposed(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> bytes:
-        """The model with these values as its only outputs, those of `last` channels last."""
+        """The model with these values as its only outputs, those of `last` as `into` wants them."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self._model.proto)
         # Declared shapes may state the batch size of the export, and decide nothing.
@@ -220,8 +229,9 @@ class OnnxruntimeForward:
             kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[name])
             proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
         for name in last:
-            proto.graph.node.extend(_channels_last(graph, name))
-            value = helper.make_tensor_value_info(_last(name), onnx.TensorProto.FLOAT, None)
+            added, result = self._written(graph, name)
+            proto.graph.node.extend(added)
+            value = helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None)
             proto.graph.output.append(value)
         if self._rebatch:
             for value in proto.graph.input:

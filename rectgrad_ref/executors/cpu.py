@@ -357,7 +357,7 @@ class _Lowering:
     # Operators. Each handler says whether it could express the step.
 
     def activation(self, step: Step) -> bool:
-        mode = _activation_mode(step, self.graph.batch)
+        mode = activation_mode(step, self.graph.batch)
         if mode is None:
             return self.ratio(step)
         columns, numbers = mode
@@ -415,7 +415,7 @@ class _Lowering:
         if node.op == "Conv":
             target = self.sheet(node.inputs[0])
             columns = _window(Window.of(node)) | {k.GROUP: node["group"]}
-            columns[k.W_OFFSET] = self.weights.add(node.inputs[1], "conv", lambda: _conv_rows(node))
+            columns[k.W_OFFSET] = self.weights.add(node.inputs[1], "conv", lambda: conv_rows(node))
         else:
             image = self._flattened(node.inputs[0])
             target = self.sheet(image)
@@ -423,7 +423,7 @@ class _Lowering:
             columns = {k.KH: h, k.KW: w, k.SH: 1, k.SW: 1, k.DH: 1, k.DW: 1, k.GROUP: 1}
             use = f"matrix {h} {w} {node.attributes.get('transB')} {node.attributes.get('alpha')}"
             columns[k.W_OFFSET] = self.weights.add(
-                node.inputs[1], use, lambda: _matrix_rows(node, (c, h, w))
+                node.inputs[1], use, lambda: matrix_rows(node, (c, h, w))
             )
         columns |= _limit(source, step)
         self.steps[len(self.rows)] = step
@@ -435,7 +435,7 @@ class _Lowering:
         Its rows of weights can be brought to the image's axis order, so no gradient ever is.
         """
         step = self.step_of.get(value)
-        if step is None or self.readers[value] != 1 or not _renames(step):
+        if step is None or self.readers[value] != 1 or not renames(step):
             return value
         image = step.node.inputs[0]
         shape = self.graph.shapes[image] or ()
@@ -445,7 +445,7 @@ class _Lowering:
         return image
 
     def rename(self, step: Step) -> bool:
-        if not _renames(step):
+        if not renames(step):
             return False
         value = step.node.inputs[0]
         sheet = self.sheet(step.node.outputs[0])
@@ -501,7 +501,7 @@ class _Lowering:
             return False
         if node.input_shapes[1] != (self.extents(node.inputs[0])[2],):
             return False
-        factor = self.weights.add(node.outputs[0], "scale", lambda: _channel_factor(node))
+        factor = self.weights.add(node.outputs[0], "scale", lambda: channel_factor(node))
         source, target = self.sheet(node.outputs[0]), self.sheet(node.inputs[0])
         self.emit(k.SCALE, source.source, target.target, {k.W_OFFSET: factor})
         return True
@@ -609,7 +609,8 @@ def _handler(step: Step, batch: int) -> Handler | None:
     return _HANDLERS.get(node.op) if all(shape[:1] == (batch,) for shape in shapes) else None
 
 
-def _renames(step: Step) -> bool:
+def renames(step: Step) -> bool:
+    """Whether the step only gives its gradient another shape."""
     names = _HANDLERS.get(step.node.op) is _Lowering.rename
     return names and isinstance(step.rule, Gradient) and step.positions == (0,)
 
@@ -635,13 +636,14 @@ def _window(window: Window) -> Columns:
     return dict(zip(names, values, strict=True))
 
 
-def _conv_rows(node: Node) -> np.ndarray:
+def conv_rows(node: Node) -> np.ndarray:
+    """A convolution's weights as rows (C_out, kh, kw, C_in per group)."""
     weights = node.constants[1]
     assert weights is not None
     return weights.transpose(0, 2, 3, 1)
 
 
-def _matrix_rows(node: Node, image: tuple[int, int, int]) -> np.ndarray:
+def matrix_rows(node: Node, image: tuple[int, int, int]) -> np.ndarray:
     """The matrix that maps a flattened image (C, H, W), as rows (outputs, H, W, C)."""
     weights = node.constants[1]
     assert weights is not None
@@ -652,13 +654,14 @@ def _matrix_rows(node: Node, image: tuple[int, int, int]) -> np.ndarray:
     return weights.reshape(len(weights), *image).transpose(0, 2, 3, 1)
 
 
-def _channel_factor(node: Node) -> np.ndarray:
+def channel_factor(node: Node) -> np.ndarray:
+    """What a batch normalisation multiplies each channel by."""
     scale, variance = node.constants[1], node.constants[4]
     assert scale is not None and variance is not None
     return scale / np.sqrt(variance + np.float32(node["epsilon"]))
 
 
-def _activation_mode(step: Step, batch: int) -> tuple[Columns, dict[int, float]] | None:
+def activation_mode(step: Step, batch: int) -> tuple[Columns, dict[int, float]] | None:
     """The columns that express the rule at a Relu or ReLU-N, or None."""
     node, rule = step.node, step.rule
     is_relu = node.op == "Relu"
@@ -719,12 +722,12 @@ def runs_as(plan: Plan) -> dict[str, str]:
     """Node name → what executes the step: a compiled kernel, or the rule in NumPy."""
     result = dict.fromkeys((step.node.name for step in plan.steps), "numpy")
     if is_lowerable(plan):
-        program = lower(plan, _NoWeights(), trace=False)
+        program = lower(plan, NoWeights(), trace=False)
         result.update(dict.fromkeys(result.keys() - program.by_rule, "numba"))
     return result
 
 
-class _NoWeights(WeightStore):
+class NoWeights(WeightStore):
     """For a table that is only looked at."""
 
     def add(self, name: str, use: str, make: Callable[[], np.ndarray]) -> int:

@@ -109,13 +109,13 @@ def _phases(node: Node, channels: int) -> list[tuple[_Phase, _Phase]] | None:
     strided = any(s > 1 for s in node["strides"])
     if strided and (channels < _PHASED or any(d > 1 for d in node["dilations"])):
         return None
-    rows, columns = (_axis_phases(node, axis) for axis in range(2))
+    rows, columns = (axis_phases(node, axis) for axis in range(2))
     if any(min(phase.pads) < 0 for phase in (*rows, *columns)):
         return None
     return list(product(rows, columns))
 
 
-def _axis_phases(node: Node, axis: int) -> list[_Phase]:
+def axis_phases(node: Node, axis: int) -> list[_Phase]:
     """With t + pad = s·m + ρ and kernel elements i = ρ + s·k, output o = m − k contributes."""
     size, stride = node["kernel_shape"][axis], node["strides"][axis]
     dilation, pad = node["dilations"][axis], node["pads"][axis]
@@ -148,14 +148,14 @@ def _graph(node: Node, part: int, parts: int) -> bytes:
     if phases is None:
         attributes["strides"] = list(node["strides"])
         attributes["pads"] = list(node["pads"])
-        attributes["output_padding"] = _left_over(node)
+        attributes["output_padding"] = left_over(node)
         nodes += _channels_last("ConvTranspose", "", attributes)
         return _model(nodes, {"W": weights}, ["last"])
     kernels = {}
     for i, (y, x) in enumerate(phases):
         attributes["pads"] = [y.pads[0], x.pads[0], y.pads[1], x.pads[1]]
         nodes += _channels_last("Conv", str(i), attributes)
-        kernels[f"W{i}"] = _exchanged(weights[:, :, y.taps][..., x.taps], node["group"])
+        kernels[f"W{i}"] = exchanged(weights[:, :, y.taps][..., x.taps], node["group"])
     return _model(nodes, kernels, [f"last{i}" for i in range(len(phases))])
 
 
@@ -189,14 +189,14 @@ def _model(
     return model.SerializeToString()
 
 
-def _exchanged(weights: np.ndarray, group: int) -> np.ndarray:
+def exchanged(weights: np.ndarray, group: int) -> np.ndarray:
     """(G·M, C, kh, kw) → (G·C, M, kh, kw)."""
     m, c, kh, kw = weights.shape
     split = weights.reshape(group, m // group, c, kh, kw)
     return split.transpose(0, 2, 1, 3, 4).reshape(group * c, m // group, kh, kw)
 
 
-def _left_over(node: Node) -> list[int]:
+def left_over(node: Node) -> list[int]:
     """Input cells after the last that the convolution reached."""
     result = []
     for i in range(2):

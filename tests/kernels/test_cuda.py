@@ -1,35 +1,24 @@
 """Every CUDA kernel alone, against the NumPy rule that it stands for.
 
-These tests run twice: in Numba's simulator, in a process of its own that `test_simulator.py` starts
-as part of every test run, with few threads a block; and on a GPU, with ``-m gpu``. Where sums are
-compared exactly, all numbers are small integers, of which float32 makes no rounding errors. What
-kernels write to begins as NaN, so that what they leave out cannot stay unnoticed.
+These tests run in Numba's simulator, with few threads a block, and with ``-m gpu`` on a GPU: see
+`cuda_device`. Where sums are compared exactly, all numbers are small integers, of which float32
+makes no rounding errors. What kernels write to begins as NaN, so that what they leave out cannot
+stay unnoticed.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda_device import MARKS, SIMULATED
+from helpers import Case
 
-cuda = pytest.importorskip("numba.cuda")
-
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-if not SIMULATED:
-    pytestmark = [
-        pytest.mark.gpu,
-        pytest.mark.skipif(not cuda.is_available(), reason="no CUDA device"),
-    ]
-
-from helpers import Case  # noqa: E402
-
-from rectgrad_ref.graph import Node  # noqa: E402
-from rectgrad_ref.kernels import cuda as k  # noqa: E402
-from rectgrad_ref.kernels.cpu import (  # noqa: E402
+from rectgrad_ref.graph import Node
+from rectgrad_ref.kernels import cuda as k
+from rectgrad_ref.kernels.cpu import (
     BY_DIFFERENCE,
     BY_EPSILON,
     PASS_A_EPS_R,
@@ -39,25 +28,24 @@ from rectgrad_ref.kernels.cpu import (  # noqa: E402
     PASS_BOTH,
     PASS_POSITIVE,
 )
-from rectgrad_ref.rules.declared import mask_border  # noqa: E402
-from rectgrad_ref.rules.linear import conv_X  # noqa: E402
-from rectgrad_ref.rules.pool import (  # noqa: E402
+from rectgrad_ref.rules.declared import mask_border
+from rectgrad_ref.rules.linear import conv_X
+from rectgrad_ref.rules.pool import (
     average_pool_X,
     max_pool,
     max_pool_redistribute,
     max_pool_X,
 )
-from rectgrad_ref.rules.window import Window  # noqa: E402
-from rectgrad_ref.threshold import PERCENTILES, Score, exceeds, percentile, ranks, scores, signs  # noqa: E402
+from rectgrad_ref.rules.window import Window
+from rectgrad_ref.threshold import PERCENTILES, Score, exceeds, percentile, ranks, scores, signs
 
 Array = np.ndarray
+pytestmark = MARKS
 SCORES: dict[int, Score] = {PASS_AR: "a*r", PASS_ABS_AR: "|a*r|", PASS_A_EPS_R: "(a+eps)*r"}
 EPS = 0.25
 THREADS = 3 if SIMULATED else 128
 SAMPLES = 2 if SIMULATED else 5
 EMPTY = np.zeros(1, np.float32)
-if SIMULATED:  # whose threads are Python's, and wait for each other
-    sys.setswitchinterval(1e-5)
 GAP = 3  # floats between what belongs to different samples
 
 
