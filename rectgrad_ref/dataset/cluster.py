@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def run_on_ray(
             )
         runs = -(-len(numbers) // _RUN)
         DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         written = ray.data.from_items(
             [{"chunk": number} for number in numbers], override_num_blocks=runs
         ).map_batches(

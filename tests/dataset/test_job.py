@@ -139,8 +139,8 @@ def test_float16(model: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_map_that_float16_cannot_hold_is_said_so(tmp_path: Path) -> None:
-    steep = Net((3, 4, 4), (Op("Flatten", "flat", ("x",)),
-                            Op("Gemm", "y", ("flat",), (np.full((48, 2), 1e5), np.zeros(2)))))  # fmt: skip
+    weights = (np.full((48, 2), 1e5), np.zeros(2))
+    steep = Net((3, 4, 4), (Op("Flatten", "flat", ("x",)), Op("Gemm", "y", ("flat",), weights)))
     onnx.save(steep.onnx(), tmp_path / "net.onnx")
     np.save(tmp_path / "x.npy", np.ones((2, 3, 4, 4), np.float32))
     settings = {"method": "saliency", "precision": "float16"}

@@ -156,7 +156,7 @@ def test_half_written_files_of_killed_processes_are_deleted(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(OutputError, match="cannot write .*out: Not a directory"),
+        pytest.raises(OutputError, match=r"cannot write .*out: Not a directory"),
         Store(tmp_path / "file" / "out").locked(),
     ):
         pass
@@ -174,9 +174,7 @@ def test_a_full_disk_leaves_earlier_chunks_intact(tmp_path: Path, limit: int) ->
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, allowed[1]))
-        with pytest.raises(
-            OutputError, match="cannot write to .*the chunks that are finished stay"
-        ):
+        with pytest.raises(OutputError, match=r"cannot write to .*the chunks that are finished"):
             write(store, CHUNKS[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
