@@ -200,6 +200,9 @@ class OnnxruntimeForward:
             options.add_session_config_entry("session.force_spinning_stop", "1")
             # Planned memory would be held beside what the first run took, which serves as well.
             options.enable_mem_pattern = False
+            # Each exposed value is brought into its order right after it was computed, while it
+            # is in the cache; by default, that comes last, and there are two copies of everything.
+            options.execution_order = self._runtime.ExecutionOrder.PRIORITY_BASED
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
             data = self._exposed(graph, names, last)
