@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
     from bench.paper.sources import Sources
 
 
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing would be half of the time."""
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coarse pictures, and few passes of the methods with many: most of the time otherwise."""
+    from bench.paper import maps
+
     monkeypatch.setattr(picture, "_DPI", 40)
+    monkeypatch.setattr(maps, "SmoothGrad", partial(maps.SmoothGrad, n=2))
+    monkeypatch.setattr(maps, "IntegratedGradients", partial(maps.IntegratedGradients, steps=2))
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs(
     name: str, small: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

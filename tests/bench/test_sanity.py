@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rectgrad_ref.errors.RectGradWar
 
 RETRAINED: dict[str, Any] = {
     "train_images": 3,
-    "test_images": 3,
+    "test_images": 6,
     "fractions": (0.1, 0.9),
     "epochs": 1,
     "networks": 1,
@@ -47,6 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_check_runs(
     name: str, small: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -74,16 +74,19 @@ class WithoutRetraining(Roar):
             pair = [_inner(self, trained, test), _inner(self, ends | given, test)]
             areas |= {f"{test}, {kind}": part for kind, part in zip(_KINDS, pair, strict=True)}
             order = kendalltau(*([part[n].mean() for n in names] for part in pair))
+            tau, p = float(order.statistic), float(order.pvalue)
+            if np.isnan(tau):  # all areas are equal
+                tau, p = 0.0, 1.0
             opposite = _opposite(*pair)
             claims.append(
                 Claim(
                     f"{test}: some estimators are in the opposite order without retraining",
                     bool(opposite),
                     f"{', '.join(opposite) or 'no pair'}, significantly both times; Kendall's τ of "
-                    f"the two orders {order.statistic:.2f}, p = {order.pvalue:.2g}",
+                    f"the two orders {tau:.2f}, {p_value(p)}",
                 )
             )
-            numbers[test] = {"tau": float(order.statistic), "p": float(order.pvalue)}
+            numbers[test] = {"tau": tau, "p": p}
         claims.insert(0, _random_hurts(areas))
         numbers["area"] = {
             key: {name: float(v.mean()) for name, v in part.items()} for key, part in areas.items()
