@@ -81,7 +81,7 @@ Settings = Annotated[
         "has it. Repeatable.",
     ),
 ]
-BackendName = Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")]
+BackendName = Annotated[str, typer.Option("--backend", help="auto, cuda, cpu or reference.")]
 Dtype = Annotated[
     Literal["float32", "float64"] | None, typer.Option(help="On the reference backend.")
 ]

@@ -14,7 +14,7 @@ import onnx
 
 from . import analysis
 from .attribution import Attribution, Layer
-from .errors import InvalidModel, InvalidTarget, RectGradWarning
+from .errors import InvalidModel, InvalidTarget, OutOfMemory, RectGradWarning
 from .executors import Backend, Runner, make_backend
 from .graph import Graph, InputSpec, freeze, input_spec, output_name
 from .images import Layout, infer_layout, prepare
@@ -51,7 +51,8 @@ class Explainer:
     ----------
     onnx_path : path, bytes or onnx.ModelProto
     backend : str
-        ``"auto"``, ``"cpu"`` (onnxruntime forward, float32) or ``"reference"`` (NumPy throughout).
+        ``"auto"``, ``"cuda"`` (an NVIDIA GPU, float32), ``"cpu"`` (onnxruntime forward, float32) or
+        ``"reference"`` (NumPy throughout).
     dtype : dtype, optional
         float64 or float32 on the reference backend; float64 is its default.
     input, output : str, optional
@@ -88,6 +89,7 @@ class Explainer:
         layout: Layout | None = None,
         threads: int | None = None,
         batch_size: int | None = None,
+        tf32: bool = False,
     ) -> None:
         for name, count in (("batch_size", batch_size), ("threads", threads)):
             if count is not None and count < 1:
@@ -113,6 +115,7 @@ class Explainer:
             rebatch=fixed is not None and self._batchable,
             dtype=dtype,
             threads=threads,
+            tf32=tf32,
         )
 
     def explain(
@@ -267,7 +270,7 @@ class Explainer:
         shapes = (graph.shapes[v] for v in prepared.plan.exposes)
         units = sum(int(np.prod(shape)) for shape in shapes if shape is not None) / graph.batch
         bytes_per_sample = units * self.backend.forward.dtype.itemsize * 4
-        return max(1, int(_CHUNK_BYTES / max(bytes_per_sample, 1)))
+        return max(1, int(self.backend.chunk_bytes / max(bytes_per_sample, 1)))
 
     def _prepare(self, shape: tuple[int, ...], method: Method) -> _Prepared:
         key = (shape, method)
@@ -326,7 +329,16 @@ class _Run:
         self.target = self._choose(self.logits, slice(None))
 
     def attribute(self, trace: bool) -> tuple[np.ndarray, Mapping[str, Layer] | None]:
-        """The maps, and the layer-wise trace if asked for."""
+        """The maps, and the layer-wise trace if asked for; in chunks that the memory holds."""
+        while True:
+            try:
+                return self._attribute(trace)
+            except OutOfMemory:
+                self.chunk = min(self.chunk, len(self.x)) // 2
+                if not self.chunk or (self.method.whole_batch and self.method.walks_once):
+                    raise
+
+    def _attribute(self, trace: bool) -> tuple[np.ndarray, Mapping[str, Layer] | None]:
         traces: list[dict[str, Layer]] = []
         if self.method.walks_once:
             R = self._one_pass(traces if trace else None)

@@ -7,9 +7,10 @@ variable the same tests are marked `gpu`.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from threading import Lock
+from threading import Barrier, BrokenBarrierError, Lock
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,34 @@ MARKS = (
 )
 
 if SIMULATED:
-    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+    from numba.cuda.simulator import kernel, kernelapi
 
-    # Its threads are Python's, and wait for each other.
-    sys.setswitchinterval(1e-5)
+    class Block(kernel.BlockManager):
+        """Threads that sleep while they wait, where the simulator's own ask for each other."""
+
+        def run(self, place: tuple[int, ...], *arguments: Any) -> None:
+            barrier = Barrier(math.prod(self._block_dim))
+
+            def body() -> None:
+                try:
+                    self._f(*arguments)
+                except BaseException:
+                    barrier.abort()
+                    raise
+
+            threads = [
+                kernel.BlockThread(body, self, place, index, self._debug)
+                for index in np.ndindex(*self._block_dim)
+            ]
+            for thread in threads:
+                thread.syncthreads = barrier.wait
+                thread.start()
+            for thread in threads:
+                thread.join()
+            failed = [thread.exception for thread in threads if thread.exception]
+            for error, trace in sorted(failed, key=lambda e: isinstance(e[0], BrokenBarrierError)):
+                raise error.with_traceback(trace)
+
     _lock = Lock()
 
     def _one_array(self: Any, shape: int, dtype: type) -> np.ndarray:
@@ -38,4 +63,5 @@ if SIMULATED:
             key = caller.f_code.co_filename, caller.f_lineno
             return self._allocations.setdefault(key, np.empty(shape, dtype))
 
-    FakeCUDAShared.array = _one_array
+    kernel.BlockManager = Block
+    kernelapi.FakeCUDAShared.array = _one_array

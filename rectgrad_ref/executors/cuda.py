@@ -53,8 +53,8 @@ DENSITY = 0.05
 THREADS, UNITS = 256, 4
 # Of selection: units that a block counts at least, and blocks that fill a GPU.
 PART, BLOCKS = 8192, 264
-# Of lists and their transposes: threads of a block, and neighbouring channels or pixels.
-GROUP, LANES = 256, 32
+# Of lists and their transposes: threads of a block, neighbouring channels or pixels, and pixels.
+GROUP, LANES, PIXELS = 256, 32, 32
 ALIGNMENT = 64  # floats
 
 Scalar = int | float | np.float32
@@ -420,7 +420,9 @@ class _Lowering:
             row = self.weights.add(node.inputs[1], use, lambda: matrix_rows(node, shape))
         lanes = min(LANES, 1 << (shape[0] - 1).bit_length())
         rows = min(GROUP // lanes, 1 << (shape[1] * shape[2] - 1).bit_length())
-        tile = min(max(rows, LANES), k.TILE // (lanes + 1), 1 << (prod(shape[1:]) - 1).bit_length())
+        tile = min(
+            max(rows, PIXELS), k.TILE // (lanes + 1), 1 << (prod(shape[1:]) - 1).bit_length()
+        )
         arguments = (
             "arena", *target.place, adds, *shape, *lists, channels, height, width, "weights", row,
             *geometry, tile,

@@ -104,8 +104,8 @@ class Device:
                 raise
             wanted = size * np.dtype(dtype).itemsize
             raise OutOfMemory(
-                f"{self.name} has {self.free / 2**30:.1f} GiB left of its memory, but "
-                f"{wanted / 2**30:.1f} GiB are needed at once; give a smaller batch_size"
+                f"{self.name} has {self.free / 2**20:,.0f} MiB left of its memory, but "
+                f"{wanted / 2**20:,.0f} MiB are needed at once; give a smaller batch_size"
             ) from error
 
     def address(self, array: DeviceArray) -> int:
@@ -248,7 +248,7 @@ class DeviceForward(OnnxruntimeForward):
                 raise
             raise OutOfMemory(
                 f"{graph.model.name}: {len(x)} samples do not fit {self.device.name}, which has "
-                f"{self.device.free / 2**30:.1f} GiB of its memory left; give a smaller batch_size"
+                f"{self.device.free / 2**20:,.0f} MiB of its memory left; give a smaller batch_size"
             ) from error
 
         for name in names:

@@ -59,7 +59,7 @@ def make_bundle(
         list[str] | None,
         typer.Option("--layer", metavar="NAME", help="Keep this layer only. Repeatable."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, cuda, cpu or reference.")] = "auto",
     dtype: Annotated[
         Literal["float32", "float64"] | None, typer.Option(help="On the reference backend.")
     ] = None,
