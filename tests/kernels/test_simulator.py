@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-FILES = [TESTS / "kernels" / "test_cuda.py", TESTS / "executors" / "test_cuda.py"]
+FILES = [TESTS / "kernels" / "test_cuda.py", TESTS / "executors" / "test_launched.py"]
 
 
 def test_cuda_code_runs_in_the_simulator() -> None:
