@@ -278,19 +278,19 @@ class _Launches:
                 return 0 if shared else argument.units
             return arrays[argument] if isinstance(argument, str) else argument
 
-        self._device, self._known = device, False
+        self._device, self._calls = device, 0
+        self._recorded: Callable[[], None] | None = None
         self._launches = [
             (getattr(k, item.kernel), item.blocks, item.threads, tuple(map(given, item.arguments)))
             for item in items
             if isinstance(item, Launch)
         ]
-        self._run = self._launch
 
     def __call__(self, walk: _Walk) -> None:
-        if RECORD and self._known and self._run == self._launch:
-            self._run = self._device.recorded(self._launch)
-        self._run()
-        self._known = True
+        if RECORD and self._calls == 1:  # the first call has compiled every kernel
+            self._recorded = self._device.recorded(self._launch)
+        self._calls += 1
+        (self._recorded or self._launch)()
 
     def _launch(self) -> None:
         for kernel, blocks, threads, arguments in self._launches:
