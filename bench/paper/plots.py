@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,8 +87,10 @@ def curves(
     legend: bool = True,
 ) -> None:
     """One line a name; `spread` shades the space between two others."""
-    for colour, (name, y) in zip(_CURVES * 2, lines.items(), strict=False):
-        ax.plot(x, y, color=colour, label=name, linewidth=1.4, marker=marker, markersize=3)
+    styles = itertools.product(("-", "--"), _CURVES)
+    for (dashes, colour), (name, y) in zip(styles, lines.items(), strict=False):
+        (line,) = ax.plot(x, y, dashes, color=colour, label=name, linewidth=1.4)
+        line.set(marker=marker, markersize=3)
         if spread and name in spread:
             ax.fill_between(x, *spread[name], color=colour, alpha=0.15, linewidth=0)
     ax.set_xlabel(xlabel, size=_SIZE)
@@ -95,6 +98,12 @@ def curves(
     ax.set_title(title, size=_SIZE + 1)
     if legend:
         ax.legend(fontsize=_SIZE - 1, frameon=False)
+
+
+def shared_legend(made: Figure, ax: Axes) -> None:
+    """One legend beside all axes, of the lines in one of them."""
+    handles, labels = ax.get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside right center", fontsize=_SIZE - 1, frameon=False)
 
 
 def save(made: Figure, folder: Path, name: str) -> str:

@@ -36,14 +36,16 @@ def randomized(path: Path, names: Collection[str], rng: np.random.Generator) -> 
 def with_random_outputs(path: Path, count: int, rng: np.random.Generator) -> onnx.ModelProto:
     """The network with `count` random linear functions of its logits as its outputs.
 
-    Their gradient arrives at the logits as a random vector, so that any number of backward passes
-    can begin with different relevance.
+    The gradient of each arrives at the logits as a random unit vector, orthogonal to the others',
+    so that backward passes can begin with relevance that has nothing in common.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(path))
     (logits,) = model.graph.output
     shape = logits.type.tensor_type.shape.dim
-    drawn = rng.normal(size=(shape[-1].dim_value, count)).astype(np.float32)
-    model.graph.initializer.append(numpy_helper.from_array(drawn, "random_directions"))
+    directions, _ = np.linalg.qr(rng.normal(size=(shape[-1].dim_value, count)))
+    model.graph.initializer.append(
+        numpy_helper.from_array(directions.astype(np.float32), "random_directions")
+    )
     model.graph.node.append(
         helper.make_node("MatMul", [logits.name, "random_directions"], ["random_outputs"])
     )

@@ -23,7 +23,7 @@ from .subjects import OnSubjects, Subject, medians_table, more_alike, titles
 
 @dataclass(frozen=True, kw_only=True)
 class Convergence(OnSubjects):
-    """Cosine, layer by layer, of two backward passes that begin with random vectors.
+    """Cosine, layer by layer, of two backward passes that begin with orthogonal random vectors.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class Convergence(OnSubjects):
                 m: [float(np.median(part)) for part in parts] for m, parts in samples.items()
             }
         return Conclusion(
-            scale=f"{' and '.join(scale)}; {self.draws} pairs of normal random vectors.",
+            scale=f"{' and '.join(scale)}; {self.draws} pairs of orthogonal random vectors.",
             numbers=numbers,
             tables=tables,
             claims=claims,
@@ -108,6 +108,8 @@ class Convergence(OnSubjects):
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
+        from matplotlib.ticker import MaxNLocator
+
         figure, axes = plots.figure(len(conclusion.numbers), width=3.6, height=2.8)
         for ax, (subject, lines) in zip(axes, conclusion.numbers.items(), strict=True):
             count = len(lines["Saliency"])
@@ -115,10 +117,12 @@ class Convergence(OnSubjects):
                 ax,
                 range(1, count + 1),
                 {method: np.array(medians) for method, medians in lines.items()},
-                xlabel="activations from the output down",
+                xlabel="activation, from the output down",
                 ylabel="cosine of two passes" if ax is axes[0] else "",
                 title="CIFAR-10" if subject == "cifar" else "photographs",
-                legend=ax is axes[0],
+                legend=False,
             )
-            ax.set_ylim(-0.3, 1.02)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_ylim(min(0, *(min(line) for line in lines.values())) - 0.05, 1.02)
+        plots.shared_legend(figure, axes[-1])
         return [plots.save(figure, folder, self.name)]

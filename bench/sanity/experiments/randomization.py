@@ -185,10 +185,11 @@ class Randomization(OnSubjects):
                 xlabel="random down to",
                 ylabel=measure,
                 title="CIFAR-10" if subject == "cifar" else "photographs",
-                legend=ax is axes[0],
+                legend=False,
             )
             labels = ["none", *(stage.rpartition("/")[2] for stage in stages)]
             ax.set_xticks(range(len(labels)), labels, rotation=90)
+        plots.shared_legend(figure, axes[-1])
         return [plots.save(figure, folder, self.name)]
 
 
