@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from rectgrad_ref.methods import Method
 
 from ..likeness import RANK, SSIM, likeness
 from ..networks import layers, randomized
-from .subjects import OnSubjects, Subject, medians_table, more_alike, predicted, titles
+from .subjects import GRADIENT, OnSubjects, Subject, medians_table, more_alike, predicted, titles
 
 KINDS = {"cascading": "of the named layer and all above it", "independent": "of that layer only"}
 MEASURES = (RANK, SSIM)
@@ -77,8 +77,8 @@ class Randomization(OnSubjects):
             methods = _methods(subject.key, sources.seed)
             return heatmaps(subject.explainer, x, methods, keys=keys)
 
-        def chance(key: str) -> Arrays:
-            maps = done[f"before-{key}"]
+        def chance(subject: Subject) -> Arrays:
+            maps = stacked(done, f"before-{subject.key}-")
             return _compared(maps, {name: np.roll(m, 1, axis=0) for name, m in maps.items()})
 
         def after(
@@ -95,8 +95,9 @@ class Randomization(OnSubjects):
         for subject in self.subjects(sources):
             for key, x, keys in subject.batches():
                 units[f"before-{key}"] = partial(before, subject, x, keys)
-                units[f"chance-{key}"] = partial(chance, key)
-                changes = self.changes(subject.path)
+            units[f"chance-{subject.key}-all"] = partial(chance, subject)
+            changes = self.changes(subject.path)
+            for key, x, keys in subject.batches():
                 for draw, change in itertools.product(range(self.draws), changes):
                     units[f"{draw}-{change.key}-{key}"] = partial(
                         after, subject, key, x, keys, draw, change
@@ -114,47 +115,36 @@ class Randomization(OnSubjects):
         ]
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
+        paths = {"cifar": sources.network_file()}
+        if sources.classifier is not None:
+            paths["photo"] = sources.classifier.path
         claims: list[Claim] = []
         tables: list[Table] = []
         numbers: dict[str, Any] = {}
         scale = []
         for subject, title in titles(sources).items():
-            path = sources.network_file()
-            if subject == "photo":
-                path = sources.needed_classifier().path
-            changes = self.changes(path)
-            chance = stacked(found, f"chance-{subject}-")
+            changes = self.changes(paths[subject])
             values = {
-                change.key: of_networks(found, self.draws, f"{change.key}-{subject}-")
-                for change in changes
+                _CHANCE: stacked(found, f"chance-{subject}-"),
+                **{
+                    change.key: of_networks(found, self.draws, f"{change.key}-{subject}-")
+                    for change in changes
+                },
             }
-            scale.append(f"{len(next(iter(chance.values())))} images on {title}")
-            middle = [c for c in changes if c.kind == "cascading"][_middle(changes)]
-            for measure in MEASURES:
-                methods = {m: values[middle.key][f"{measure}, {m}"] for m in _methods(subject)}
-                text = f"random from the output down to {middle.stage}, {{method}} stays more like "
-                claims += more_alike(
-                    methods, f"{title}: {text}itself than Saliency by {measure}", "draws"
-                )
+            scale.append(f"{len(values[_CHANCE][f'{RANK}, {GRADIENT}'])} images on {title}")
+            claims += _claims(values, subject, title, _upper(changes))
             numbers[subject] = {}
             for kind, measure in itertools.product(KINDS, MEASURES):
-                stages = [change for change in changes if change.kind == kind]
+                stages = {_CHANCE: _CHANCE} | {c.key: c.stage for c in changes if c.kind == kind}
                 samples = {
-                    method: [
-                        chance[f"{measure}, {method}"],
-                        *(values[change.key][f"{measure}, {method}"] for change in stages),
-                    ]
+                    method: [values[key][f"{measure}, {method}"] for key in stages]
                     for method in _methods(subject)
                 }
-                columns = [_CHANCE, *(change.stage for change in stages)]
                 note = f"{title}, weights random {KINDS[kind]}: median {measure}."
-                tables.append(medians_table(columns, samples, note))
+                tables.append(medians_table(list(stages.values()), samples, note))
                 numbers[subject][f"{kind}, {measure}"] = {
-                    "stages": columns,
-                    "medians": {
-                        method: [float(np.median(v)) for v in parts]
-                        for method, parts in samples.items()
-                    },
+                    "stages": list(stages.values()),
+                    "medians": {m: [float(np.median(v)) for v in s] for m, s in samples.items()},
                 }
         return Conclusion(
             scale=(
@@ -193,9 +183,22 @@ class Randomization(OnSubjects):
         return [plots.save(figure, folder, self.name)]
 
 
-def _middle(changes: Sequence[Change]) -> int:
-    """Position of the cascade that has reached a third of the depth."""
-    return max(0, sum(change.kind == "cascading" for change in changes) // 3 - 1)
+def _upper(changes: Sequence[Change]) -> Change:
+    """The cascade that has reached a third of the depth."""
+    cascades = [change for change in changes if change.kind == "cascading"]
+    return cascades[max(0, len(cascades) // 3 - 1)]
+
+
+def _claims(
+    values: Mapping[str, Arrays], subject: str, title: str, change: Change
+) -> Iterator[Claim]:
+    for measure in MEASURES:
+        samples = {m: values[change.key][f"{measure}, {m}"] for m in _methods(subject)}
+        text = (
+            f"{title}: random from the output down to {change.stage}, {{method}} stays more like "
+            f"itself than Saliency by {measure}"
+        )
+        yield from more_alike(samples, text, "draws")
 
 
 def _methods(subject: str, seed: int = 0) -> dict[str, Method]:
