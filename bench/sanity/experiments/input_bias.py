@@ -114,7 +114,9 @@ class InputBias(OnMasked):
             remarks=[
                 "With inputs in [−1, 1], as in the paper, grey is zero and black is not: there it "
                 "is grey that × input overlooks. The baseline of IntegGrad and DeepLIFT is zero in "
-                "either range: grey in one, black in the other."
+                "either range: grey in one, black in the other. RectGrad's final threshold adds to "
+                "its bias: where no input is negative it leaves only pixels that should be "
+                "brighter. Without × input the map is shown without it."
             ],
         )
 
@@ -123,7 +125,7 @@ class InputBias(OnMasked):
         figure, axes = plots.figure(2, width=3.8, height=3)
         for ax, (side, encoding) in zip(axes, _BIASED.items(), strict=True):
             shown = {name: 100 * values[f"{side} {encoding}, {name}"] for name in methods()}
-            label = f"of the object's attribution on its {_SIDES[side]} half, %"
+            label = f"on the object's {_SIDES[side]} half, %"
             plots.boxes(ax, shown, ours=(_WITHOUT,), label=label, title=f"input in {encoding}")
             ax.axvline(50, color="0.6", linewidth=0.8, linestyle="--")
         return [plots.save(figure, folder, self.name)]
