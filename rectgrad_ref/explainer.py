@@ -26,8 +26,6 @@ from .preprocess import PreprocessLike
 from .reference import Observer
 from .rules.declared import Rectify
 
-# Activations, gradients and temporaries of one chunk, if each had memory of its own.
-_CHUNK_BYTES = 3 * 2**29
 _LAYOUT_AXES = 4
 _EXTENT = 224  # of an example, where the file leaves it open
 
@@ -66,7 +64,10 @@ class Explainer:
     threads : int, optional
         Of the forward pass and of the walk back; one per processor by default.
     batch_size : int, optional
-        At most so many samples per forward pass; by default as many as take about one gigabyte.
+        At most so many samples per forward pass; by default as many as take about one gigabyte,
+        or half of a GPU's free memory.
+    tf32 : bool
+        Whether the backend ``"cuda"`` may round what it multiplies to 11 significant bits.
 
     Raises
     ------

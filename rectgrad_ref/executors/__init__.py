@@ -16,8 +16,8 @@ from ..plan import Plan
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
-# Activations, gradients and temporaries of one chunk may together take about this much.
-_CHUNK_BYTES = 2**30
+# Activations, gradients and temporaries of one chunk, if each had memory of its own.
+_CHUNK_BYTES = 3 * 2**29
 
 
 @dataclass(frozen=True, eq=False)
