@@ -61,7 +61,7 @@ def main(
         float | None, typer.Option(min=0, help="After which a comparison begins no new round.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.")] = None,
-    backend: Annotated[str, typer.Option(help="Ours: cpu or reference.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="Ours: cuda, cpu or reference.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure, print tables, and write results.json and figures."""

@@ -71,7 +71,7 @@ def forward(report: Report, model: str, images: str, backend: str, threads: int)
 
     loaded = read_model(model)
     x = np.load(images)
-    contender = exposed_forward(loaded, freeze(loaded, x.shape), x, threads)
+    contender = exposed_forward(loaded, freeze(loaded, x.shape), x, threads, backend)
     report.figures["MiB before"] = peak_memory()
     report.timed("first", contender.call)
     report.timed("second", contender.call)

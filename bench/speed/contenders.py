@@ -21,42 +21,50 @@ from .results import EXPOSED, FORWARD, OURS
 PASSES = {"smoothgrad": "n", "integrated_gradients": "steps"}
 
 
-def plain_forward(model: Model, x: np.ndarray, threads: int) -> Contender:
+def plain_forward(model: Model, x: np.ndarray, threads: int, backend: str = "cpu") -> Contender:
     """Inference as anybody would run it: the denominator of all ratios."""
-    session = _session(model.proto, threads)
+    session = _session(model.proto, threads, backend)
     feed = {session.get_inputs()[0].name: x}
     return Contender("forward", FORWARD, lambda: session.run(None, feed))
 
 
-def exposed_forward(model: Model, graph: Graph, x: np.ndarray, threads: int) -> Contender:
-    """Inference that hands over all ReLU outputs, channels last: what any method needs at least."""
+def exposed_forward(
+    model: Model, graph: Graph, x: np.ndarray, threads: int, backend: str = "cpu"
+) -> Contender:
+    """Inference that hands over all ReLU outputs: what any method needs at least.
+
+    Channels last, on a GPU as they are and where they are.
+    """
+    place = "cuda" if backend == "cuda" else "cpu"
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     for value in (node.outputs[0] for node in graph.nodes if node.op == "Relu"):
-        if len(graph.shapes[value] or ()) == 4:
+        if len(graph.shapes[value] or ()) == 4 and place == "cpu":
             last = f"{value}/channels_last"
             transpose = helper.make_node("Transpose", [value], [last], perm=[0, 2, 3, 1])
             proto.graph.node.append(transpose)
             value = last
         output = helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None)
         proto.graph.output.append(output)
-    session = _session(proto, threads)
+    session = _session(proto, threads, backend)
     binding = session.io_binding()  # no copies of outputs
     binding.bind_cpu_input(graph.input, x)
     for output in session.get_outputs():
-        binding.bind_output(output.name)
+        binding.bind_output(output.name, place)
     return Contender("forward", EXPOSED, lambda: session.run_with_iobinding(binding))
 
 
-def _session(proto: onnx.ModelProto, threads: int) -> Any:
-    """At onnxruntime's default options."""
+def _session(proto: onnx.ModelProto, threads: int, backend: str) -> Any:
+    """At onnxruntime's default options, but in full precision."""
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    return runtime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    provider: Any = "CPUExecutionProvider"
+    if backend == "cuda":
+        runtime.preload_dlls()
+        provider = ("CUDAExecutionProvider", {"use_tf32": "0"})
+    return runtime.InferenceSession(proto.SerializeToString(), options, providers=[provider])
 
 
 def explanation(
@@ -92,9 +100,10 @@ def all_contenders(
         Who is absent, and why.
     """
     explainer.explain(x[:1])  # fixes the extents that the file leaves open
-    contenders = [plain_forward(explainer.model, x, threads)]
+    backend = explainer.backend.name
+    contenders = [plain_forward(explainer.model, x, threads, backend)]
     if isinstance(explainer.backend.forward, OnnxruntimeForward):
-        contenders.append(exposed_forward(explainer.model, explainer.graph, x, threads))
+        contenders.append(exposed_forward(explainer.model, explainer.graph, x, threads, backend))
     methods = list(methods)
     contenders += [explanation(explainer, x, method, passes=passes) for method in methods]
 
@@ -106,7 +115,7 @@ def all_contenders(
     except ImportError:
         return contenders, ["PyTorch is not installed, its methods are left out: pip install torch"]
     try:
-        network = peers.Network(explainer.graph)
+        network = peers.Network(explainer.graph, device="cuda" if backend == "cuda" else "cpu")
     except NotImplementedError as reason:
         return contenders, [f"{explainer.model.name}: no PyTorch twin, {reason}"]
     peers.set_threads(threads)

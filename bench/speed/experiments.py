@@ -68,7 +68,7 @@ class Settings:
         "integrated_gradients",
     )
     batches: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ("methods", "q", "batch", "size", "cold", "memory")
+    parts: tuple[str, ...] = ("methods", "q", "batch", "size", "cold", "memory", "floor")
     backend: str = "cpu"
     threads: int = field(default_factory=machine.processors)
     rounds: int = 15
@@ -91,7 +91,7 @@ class Trial:
 def run(settings: Settings, console: Console, save: Callable[[Results], None]) -> Results:
     """Every part on every model; checks are printed as they are made, parts saved when finished."""
     results: Results = {
-        "machine": machine.describe(),
+        "machine": machine.describe(gpu=settings.backend == "cuda"),
         "settings": asdict(settings),
         "notes": [],
         "comparisons": [],
@@ -163,7 +163,7 @@ def by_q(measured: Subject, settings: Settings) -> Iterator[Trial]:
     """RectGrad at many q, as it is, and with every convolution's transpose made dense."""
     explainer, dense = settings.explainer(measured.path), settings.explainer(measured.path)
     x = photographs(measured.typical_batch, explainer.input)
-    contenders = [plain_forward(explainer.model, x, settings.threads)]
+    contenders = [plain_forward(explainer.model, x, settings.threads, settings.backend)]
     for q in QUANTILES:
         contenders.append(explanation(explainer, x, "rectgrad", q=q))
         forced = explanation(dense, x, "rectgrad", by=DENSE, q=q)
@@ -192,7 +192,7 @@ def by_size(measured: Subject, settings: Settings) -> Iterator[Trial]:
 
 
 def _scaling(explainer: Explainer, x: np.ndarray, settings: Settings) -> Trial:
-    forward = plain_forward(explainer.model, x, settings.threads)
+    forward = plain_forward(explainer.model, x, settings.threads, settings.backend)
     return Trial(x, [forward, explanation(explainer, x, "rectgrad")])
 
 
@@ -217,6 +217,19 @@ def memory(measured: Subject, settings: Settings) -> Iterator[Process]:
     for action in ("forward", "explain"):
         report = in_a_process(action, measured, batch, settings)
         yield _process("memory", measured, batch, action, [report])
+
+
+def floor(measured: Subject, settings: Settings) -> Iterator[Process]:
+    """On a GPU: each kernel's time over the least that moving its bytes takes."""
+    if settings.backend != "cuda":
+        return
+    from .floor import per_kernel
+
+    for batch in measured.batches:
+        explainer = settings.explainer(measured.path)
+        x = photographs(batch, explainer.input)
+        for kernel, figures in per_kernel(explainer, x).items():
+            yield _process("floor", measured, batch, kernel, [figures])
 
 
 def in_a_process(
@@ -267,5 +280,6 @@ TRIALS: dict[str, Callable[[Subject, Settings], Iterator[Trial]]] = {
 PROCESSES: dict[str, Callable[[Subject, Settings], Iterator[Process]]] = {
     "cold": cold_start,
     "memory": memory,
+    "floor": floor,
 }
 PARTS = (*TRIALS, *PROCESSES)

@@ -11,16 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("rectgrad-ref", "numpy", "numba", "onnx", "onnxruntime", "torch", "captum")
+_PACKAGES = (
+    "rectgrad-ref", "numpy", "numba", "numba-cuda", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "torch", "captum",
+)  # fmt: skip
 _VECTOR = ("avx", "fma", "amx", "sve", "neon", "asimd")
 
 
-def describe() -> dict[str, Any]:
-    """Processor, memory, system, versions, date, and the load so far."""
+def describe(*, gpu: bool = False) -> dict[str, Any]:
+    """Processor, GPU if asked for, memory, system, versions, date, and the load so far."""
     cpu = _cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "gpu": _gpu() if gpu else None,
         "cores": processors(),
         "flags": sorted(flag for flag in flags if flag.startswith(_VECTOR)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -43,6 +47,16 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _gpu() -> str:
+    """Name and driver."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "a GPU"
+    return ", driver ".join(part.strip() for part in done.stdout.splitlines()[0].split(","))
 
 
 def _cpuinfo() -> dict[str, str]:

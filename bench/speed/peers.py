@@ -28,6 +28,7 @@ _TOGETHER = 8
 # The ReLU's output and the gradient there → the gradient that passes.
 Rule = Callable[[Tensor, Tensor], Tensor]
 Expected = Callable[[str], Callable[[], Any]]
+Call = Callable[[], Tensor]
 # Scores (N, units) → the threshold of each sample, (N,).
 Threshold = Callable[[Tensor], Tensor]
 
@@ -45,6 +46,8 @@ class Network:
     graph : Graph
     memory_format : torch.memory_format
         In which the weights are kept.
+    device : str
+        ``"cpu"`` or ``"cuda"``, where they lie.
 
     Raises
     ------
@@ -53,12 +56,17 @@ class Network:
     """
 
     def __init__(
-        self, graph: Graph, memory_format: torch.memory_format = torch.channels_last
+        self,
+        graph: Graph,
+        memory_format: torch.memory_format = torch.channels_last,
+        *,
+        device: str = "cpu",
     ) -> None:
-        self.graph, self.nodes = graph, analysis.path(graph)
+        self.graph, self.nodes, self.device = graph, analysis.path(graph), device
         self._modules = {node.name: _module(node) for node in self.nodes}
         for module in self._modules.values():
             for weight in module.parameters():
+                weight.data = weight.data.to(device)
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=memory_format)
         self._producers = {node.outputs[0]: node for node in self.nodes}
@@ -331,37 +339,42 @@ def torch_contenders(
     expected : callable
         Method → what computes our map.
     """
-    usual = torch.from_numpy(x)
+    usual = torch.from_numpy(x).to(network.device)
     image = usual.contiguous(memory_format=torch.channels_last)
 
+    def contender(method: str, by: str, call: Call, *rest: Any, **more: Any) -> Contender:
+        if network.device == "cuda":
+            call = _on_gpu(call, x, (usual, image))
+        return Contender(method, by, call, *rest, **more)
+
     plain = network.plain()
-    yield Contender("forward", "PyTorch", lambda: _infer(plain, image))
+    yield contender("forward", "PyTorch", lambda: _infer(plain, image))
     for method in methods:
         known = expected(method)
         if method == "rectgrad":
             for threshold in (kthvalue, topk):
                 twin = network.ruled(rectify(threshold), padding_trick=True)
                 call = _positive_product(twin, image)
-                yield Contender(method, f"PyTorch, {threshold.__name__}", call, expected=known)
-            contiguous = Network(network.graph, torch.contiguous_format)
+                yield contender(method, f"PyTorch, {threshold.__name__}", call, expected=known)
+            contiguous = Network(network.graph, torch.contiguous_format, device=network.device)
             twin = contiguous.ruled(rectify(quantile), padding_trick=True)
             call = _positive_product(twin, usual)
-            yield Contender(method, "PyTorch, usual (quantile)", call, expected=known)
+            yield contender(method, "PyTorch, usual (quantile)", call, expected=known)
         elif method in ("saliency", "input_x_gradient"):
             call = _gradient(plain, image, times_input=method != "saliency")
-            yield Contender(method, "PyTorch", call, expected=known)
+            yield contender(method, "PyTorch", call, expected=known)
         elif method in _RULES:
             twin = network.ruled(_RULES[method])
             call = _gradient(twin, image, times_input=method == "epsilon_lrp")
-            yield Contender(method, "PyTorch", call, expected=known)
+            yield contender(method, "PyTorch", call, expected=known)
         elif method == "deeplift":
             call = _deeplift(network.rescaled(), image)
-            yield Contender(method, "PyTorch", call, expected=known)
+            yield contender(method, "PyTorch", call, expected=known)
         elif method == "integrated_gradients":
             call = _integrated_gradients(plain, image, passes)
-            yield Contender(method, "PyTorch", call, passes, known)
+            yield contender(method, "PyTorch", call, passes, known)
         elif method == "smoothgrad":
-            yield Contender(method, "PyTorch", _smoothgrad(plain, image, passes), passes)
+            yield contender(method, "PyTorch", _smoothgrad(plain, image, passes), passes)
 
 
 _RULES: dict[str, Rule] = {
@@ -369,6 +382,42 @@ _RULES: dict[str, Rule] = {
     "deconvolution": deconvolution,
     "epsilon_lrp": epsilon_ratio,
 }
+
+
+def _on_gpu(call: Call, x: np.ndarray, inputs: tuple[Tensor, ...]) -> Call:
+    """From array to array, as ours: a CUDA graph of the call, or the call itself where none can be.
+
+    Parameters
+    ----------
+    inputs : tuple of Tensor
+        What the call reads on the device, `x` in several memory formats.
+    """
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    host, run = torch.from_numpy(x).pin_memory(), call
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # cuDNN chooses its algorithms
+            call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except RuntimeError:  # it waits for the device somewhere
+        torch.cuda.synchronize()
+    else:
+
+        def run() -> Tensor:
+            graph.replay()
+            return result
+
+    def whole() -> Tensor:
+        for tensor in inputs:
+            tensor.copy_(host, non_blocking=True)
+        return run().cpu()
+
+    return whole
 
 
 def _infer(twin: Twin, x: Tensor) -> Tensor:
@@ -433,13 +482,13 @@ def captum_contenders(
     except ImportError:
         return [], ["Captum is not installed, its methods are left out: pip install captum"]
     twin = network.plain()
-    image = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
+    image = torch.from_numpy(x).to(network.device, memory_format=torch.channels_last)
     target = _infer(twin, image).argmax(1)
 
     def attribute(method: Any) -> Callable[[], Tensor]:
         def call() -> Tensor:
             attribution: Tensor = method.attribute(image.detach().requires_grad_(), target=target)
-            return attribution.detach()
+            return attribution.detach().cpu()
 
         return call
 

@@ -72,7 +72,7 @@ class Sheet:
 
 def sheets(results: Results) -> Iterator[Sheet]:
     """All tables that the results fill."""
-    parts = (_costs, _duels, _agreements, _quantiles, _batches, _sizes, _cold, _memory)
+    parts = (_costs, _duels, _agreements, _quantiles, _batches, _sizes, _cold, _memory, _floor)
     return (sheet for part in parts if (sheet := part(results)).rows)
 
 
@@ -250,6 +250,27 @@ def _memory(results: Results) -> Sheet:
     )
 
 
+def _floor(results: Results) -> Sheet:
+    names = ("launches", "µs", "MB", "floor, µs")
+    rows = [
+        [
+            f"{p['model']}, B = {p['batch']}: {p['what']}",
+            *(f"{p['figures'][name][0]:,.0f}" for name in names),
+            f"{p['figures']['µs'][0] / p['figures']['floor, µs'][0]:.1f}",
+        ]
+        for p in results["processes"]
+        if p["part"] == "floor"
+    ]
+    return Sheet(
+        "Kernels over their floor",
+        "RectGrad's walk back on the GPU: time of each kernel, all its launches together, and what "
+        "moving each of its tensors once takes at the speed of a large copy. A launch takes about "
+        "two µs whatever it does.",
+        ["", *names, "time over floor"],
+        rows,
+    )
+
+
 # --- the README ---------------------------------------------------------------------------------
 
 
@@ -258,8 +279,9 @@ def markdown(results: Results) -> str:
     machine, settings = results["machine"], results["settings"]
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     loads = " → ".join(f"{machine[when][0]:.2f}" for when in ("load_before", "load_after"))
+    gpu = f"{machine['gpu']}; " if machine.get("gpu") else ""
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])}), "
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])}), "
         f"{machine['memory_gib']:g} GiB, {machine['system']}, Python {machine['python']}, "
         f"{versions}. {settings['threads']} threads for everybody; up to {settings['rounds']} "
         f"rounds; load average {loads}; {machine['date']}, commit {machine['commit']}.",
