@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
+from onnx.external_data_helper import set_external_data
 
 from .. import analysis
-from ..errors import InvalidModel, OutputError, UnsupportedOperator
+from ..errors import InvalidModel, UnsupportedOperator
 from ..files import atomic_write
 from ..graph import Graph, InputSpec, freeze, input_spec, output_name
 from ..methods import Method, make_method
@@ -22,7 +23,9 @@ from .merge import DiffersByBatch, any_batch
 from .trace import TARGET, Trace, trace
 
 OPSET = 18  # the first that sums over axes given as an input, in every reduction
-_LARGEST = 2**31 - 1  # bytes, of a file that protobuf can hold
+_LARGEST = 2 * 10**9  # bytes of weights; with the nodes, protobuf can hold 2**31
+_SMALL = 2**10  # bytes, of a tensor that stays in the file
+_ALIGNMENT = 2**12  # bytes, of weights that a runtime may map into memory
 
 
 def export(
@@ -42,7 +45,8 @@ def export(
     ----------
     onnx_path : path, bytes or onnx.ModelProto
     out : path
-        The file to write.
+        The file to write. What would be more than 2 GB, the most that one ONNX file can hold, keeps
+        its weights in a second file beside it, ``<out>.data``.
     method, preset, **options
         As in `rectgrad_ref.explain`.
     size : pair of int, optional
@@ -77,10 +81,28 @@ def export(
         input=input,
         output=output,
     )
-    if proto.ByteSize() > _LARGEST:
-        raise OutputError(f"cannot write {out}: an ONNX file without external data ends at 2 GB")
-    with atomic_write(out) as path:
-        Path(path).write_bytes(proto.SerializeToString())
+    # Of the whole, protobuf cannot even tell the size.
+    if sum(tensor.ByteSize() for tensor in proto.graph.initializer) <= _LARGEST:
+        with atomic_write(out) as path:
+            path.write_bytes(proto.SerializeToString())
+        return
+    weights = Path(f"{out}.data")
+    # The inner file is in place first: the outer one never names weights that are not there.
+    with atomic_write(out) as path, atomic_write(weights) as beside:
+        with beside.open("wb") as file:
+            _write_weights(proto, file, weights.name)
+        path.write_bytes(proto.SerializeToString())
+
+
+def _write_weights(proto: onnx.ModelProto, file: BinaryIO, name: str) -> None:
+    """Move the weights out of the model, to where the file called `name` is written."""
+    for tensor in proto.graph.initializer:
+        data = tensor.raw_data  # a copy, each time
+        if len(data) >= _SMALL:
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            set_external_data(tensor, name, offset=file.tell(), length=len(data))
+            file.write(data)
+            tensor.ClearField("raw_data")
 
 
 def explainer_model(

@@ -417,6 +417,39 @@ def test_command_line(tmp_path: Path) -> None:
     assert refused.exit_code == 1
 
 
+def test_what_one_file_cannot_hold_has_its_weights_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if 2 GB were 1 MB."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    whole, out = tmp_path / "whole.onnx", tmp_path / "explainer.onnx"
+    rectgrad_ref.export(CIFAR10_CNN, whole)
+    monkeypatch.setattr("rectgrad_ref.exporter._LARGEST", 10**6)
+    (tmp_path / "explainer.onnx.data").write_bytes(bytes(10**7))  # of an earlier, larger one
+    rectgrad_ref.export(CIFAR10_CNN, out)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "whole.onnx", "explainer.onnx", "explainer.onnx.data"
+    }  # fmt: skip
+    assert out.stat().st_size < 10**5
+    onnx.checker.check_model(out)
+    feed = feed_of(onnx.load(whole), np.ones((2, 3, 32, 32), np.float32))
+    one, two = (onnxruntime.InferenceSession(path).run(None, feed) for path in (whole, out))
+    assert all(np.array_equal(*pair) for pair in zip(one, two, strict=True))
+
+
+def test_weights_that_cannot_be_written_leave_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rectgrad_ref.exporter._LARGEST", 10**6)
+    out = tmp_path / "explainer.onnx"
+    out.write_bytes(b"earlier work")
+    (tmp_path / "explainer.onnx.data").mkdir()  # no file can take its place
+    with pytest.raises(OutputError, match=r"explainer\.onnx\.data"):
+        rectgrad_ref.export(CIFAR10_CNN, out)
+    assert {p.name for p in tmp_path.iterdir()} == {"explainer.onnx", "explainer.onnx.data"}
+    assert out.read_bytes() == b"earlier work"
+
+
 @pytest.mark.parametrize("method", ["saliency", "deeplift", "integrated_gradients"])
 def test_operators_that_stand_for_others_and_sparse_weights(method: str) -> None:
     w = nets.Weights(4)
