@@ -425,7 +425,7 @@ def _window(origin, stride, extent):
 @_kernel
 def transpose(
     arena, to, to_stride, adds, channels, height, width, counts, which, values, s_channels,
-    s_height, s_width, weights, w_base, kh, kw, sh, sw, dh, dw, top, left, group, tile,
+    s_height, s_width, weights, w_base, row, kh, kw, sh, sw, dh, dw, top, left, group, tile,
 ):  # fmt: skip
     """A convolution's transpose from the list of nonzeros of its output's gradient.
 
@@ -439,6 +439,8 @@ def transpose(
         Of the target.
     s_channels, s_height, s_width
         Of the source.
+    row : int
+        Weights of one output channel.
     tile : int
         tile · (blockDim.x + 1) ≤ TILE.
     """
@@ -465,11 +467,11 @@ def transpose(
                     continue
                 place = sample * s_pixels + oy * s_width + ox
                 begin = place * s_channels
+                tap = w_base + (i * kw + j) * ins + inside
                 for k in range(begin, begin + counts[place]):
                     co = which[k]
                     if group == 1 or co // outs == own:
-                        row = ((co * kh + i) * kw + j) * ins
-                        total += values[k] * weights[w_base + row + inside]
+                        total += values[k] * weights[tap + co * row]
         sums[t * (cuda.blockDim.x + 1) + x] = total
     cuda.syncthreads()
     thread, threads = cuda.threadIdx.y * cuda.blockDim.x + x, cuda.blockDim.x * cuda.blockDim.y

@@ -412,20 +412,21 @@ class _Lowering:
         if node.op == "Conv":
             shape = _extents(self.graph.shapes[node.inputs[0]])
             geometry = (*_geometry(Window.of(node)), node["group"])
-            row = self.weights.add(node.inputs[1], "conv", lambda: conv_rows(node))
+            begin = self.weights.add(node.inputs[1], "conv", lambda: conv_rows(node))
         else:
             shape = (target.units, 1, 1)
             geometry = (1, 1, 1, 1, 1, 1, 0, 0, 1)
             use = f"rows {node.attributes.get('transB')} {node.attributes.get('alpha')}"
-            row = self.weights.add(node.inputs[1], use, lambda: matrix_rows(node, shape))
+            begin = self.weights.add(node.inputs[1], use, lambda: matrix_rows(node, shape))
+        row = shape[0] // geometry[-1] * prod(geometry[:2])
         lanes = min(LANES, 1 << (shape[0] - 1).bit_length())
         rows = min(GROUP // lanes, 1 << (shape[1] * shape[2] - 1).bit_length())
         tile = min(
             max(rows, PIXELS), k.TILE // (lanes + 1), 1 << (prod(shape[1:]) - 1).bit_length()
         )
         arguments = (
-            "arena", *target.place, adds, *shape, *lists, channels, height, width, "weights", row,
-            *geometry, tile,
+            "arena", *target.place, adds, *shape, *lists, channels, height, width, "weights", begin,
+            row, *geometry, tile,
         )  # fmt: skip
         blocks = (self.batch, -(-prod(shape[1:]) // tile), -(-shape[0] // lanes))
         self.items.append(Launch("transpose", blocks, (lanes, min(rows, tile)), arguments))
@@ -667,9 +668,9 @@ def _scores(step: Step, batch: int) -> _Scores | None:
         eps=np.float32(numbers.get(modes.EPS, 0)),
         ceiling=np.float32(numbers[modes.CEILING]),
         strict=columns.get(modes.STRICT, 0),
-        fixed=numbers.get(modes.TAU, 0.0),
+        fixed=float(numbers.get(modes.TAU, 0.0)),
         ranks=(columns.get(modes.RANK_LOW, 0), columns.get(modes.RANK_HIGH, 0)),
-        fraction=numbers.get(modes.FRACTION, 0.0),
+        fraction=float(numbers.get(modes.FRACTION, 0.0)),
     )
 
 

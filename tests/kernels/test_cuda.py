@@ -354,7 +354,7 @@ def transposed(conv: Node, R: Array, W: Array, shape: tuple[int, ...], adds: int
     blocks = (SAMPLES, -(-height * width // tile), -(-channels // lanes))
     launch(
         k.transpose, blocks, (lanes, 2), arena.floats, *target, adds, *shape[1:], *lists,
-        *R.shape[1:], weights, GAP, *geometry(window), conv["group"], tile,
+        *R.shape[1:], weights, GAP, W[0].size, *geometry(window), conv["group"], tile,
     )  # fmt: skip
     return arena.take(target, shape)
 
