@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
+from google.protobuf.message import EncodeError
 from onnx import helper
 
 from .errors import BackendUnavailable, InvalidModel, UnsupportedOperator
@@ -205,7 +206,13 @@ class OnnxruntimeForward:
             options.execution_order = self._runtime.ExecutionOrder.PRIORITY_BASED
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
-            data = self._exposed(graph, names, last)
+            try:
+                data = self._exposed(graph, names, last)
+            except EncodeError as error:
+                raise InvalidModel(
+                    f"{self._model.name} has more than 2 GB, which onnxruntime cannot be handed at "
+                    "once; backend='reference' runs without it, and so do exported explainers"
+                ) from error
             try:
                 self._sessions[which] = self._runtime.InferenceSession(
                     data, options, providers=self._providers

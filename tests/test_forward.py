@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import slow
+from google.protobuf.message import EncodeError
 from nets import Weights
 from onnx import TensorProto, helper, numpy_helper
 
@@ -108,6 +109,19 @@ def test_what_onnxruntime_refuses_runs_on_the_reference() -> None:
     with pytest.raises(InvalidModel, match=r"refuses <ModelProto>.*backend='reference' runs"):
         Explainer(model, backend="cpu").explain(x, method="saliency")
     assert Explainer(model, backend="reference").explain(x, method="saliency").values.any()
+
+
+def test_a_model_that_is_too_large_for_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As protobuf has it, of one with more than 2 GB."""
+
+    def refuse(*_: Any) -> bytes:
+        raise EncodeError("Failed to serialize proto")
+
+    monkeypatch.setattr(OnnxruntimeForward, "_exposed", refuse)
+    pytest.importorskip("onnxruntime")
+    net = nets.model([helper.make_node("Relu", ["x"], ["y"])], ["N", 3], "y")
+    with pytest.raises(InvalidModel, match=r"more than 2 GB.*backend='reference'"):
+        Explainer(net, backend="cpu").explain(np.ones((1, 3), np.float32))
 
 
 def test_an_operator_without_a_forward_rule() -> None:
