@@ -13,7 +13,8 @@ from rectgrad_ref import Explainer
 from rectgrad_ref.rules import OPERATORS
 from rectgrad_ref.verify import load
 
-NEEDS = {"docs/models/keras.md": ("keras", "tensorflow", "tf2onnx"),
+NEEDS = {"docs/dataset.md": ("zarr", "pyarrow", "ray"),
+         "docs/models/keras.md": ("keras", "tensorflow", "tf2onnx"),
          "docs/models/scikit-learn.md": ("sklearn", "skl2onnx")}  # fmt: skip
 ELSEWHERE = {"docs/models/pytorch.md", "docs/models/timm.md"}
 PAGES = sorted(
