@@ -489,6 +489,7 @@ def dataset(
     with _bar(
         TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
     ) as bar:
+        bar.speed_estimate_period = 3600  # of slow methods, a chunk takes minutes
         task = bar.add_task("", total=None)
         store = explain_dataset(
             model,

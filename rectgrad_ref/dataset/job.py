@@ -162,7 +162,7 @@ class Job:
         except InvalidImage as error:
             if isinstance(item, Path) and not item.exists():
                 raise  # not a broken picture: the source has changed
-            return _Sample(str(error))
+            return _Sample(str(error).removeprefix(f"{item}: "))
         return _Sample("ok", array)
 
     def _prepared(self, explainer: Explainer, item: Item, name: str) -> Prepared:

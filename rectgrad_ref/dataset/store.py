@@ -199,11 +199,14 @@ class Store:
         if not differing:
             return
         said = "; ".join(f"{k} is {old.get(k)!r} there, {new.get(k)!r} here" for k in differing)
-        changed = all(key.startswith("source.") for key in differing)
+        if all(key.startswith("source.") for key in differing):
+            raise OutputError(
+                f"{self.path} was begun with other pictures (their number, or their files' names, "
+                f"sizes or times of change): {said}. Restore the source, or choose another folder"
+            )
         raise OutputError(
-            f"{self.path} was begun with other {'pictures' if changed else 'settings'}: {said}. "
-            + ("Restore the source, or choose" if changed else "Go on with those, or choose")
-            + " another folder"
+            f"{self.path} was begun with other settings: {said}. Go on with those, or choose "
+            "another folder"
         )
 
 

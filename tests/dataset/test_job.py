@@ -79,7 +79,7 @@ def test_maps_and_rows_are_what_explain_says_of_each_picture(
     assert [row["source"] for row in table] == [f"{i:03}.png" for i in range(25)]
     for i, row in enumerate(table):
         if i in BROKEN:
-            assert row["status"].startswith(str(folder / f"{i:03}.png"))
+            assert row["status"].startswith(("not a picture", "damaged"))
             assert row["target"] is row["scores"] is row["sparsity"] is None
             assert np.isnan(store.maps[i]).all()
             continue
@@ -339,7 +339,7 @@ def test_a_source_that_has_changed_is_refused(
     run(model, folder, tmp_path / "out")
     before = content(tmp_path / "out")
     change(folder)
-    with pytest.raises(OutputError, match=r"begun with other pictures: source\."):
+    with pytest.raises(OutputError, match=r"begun with other pictures .*: source\."):
         run(model, folder, tmp_path / "out")
     assert content(tmp_path / "out") == before
 

@@ -85,7 +85,10 @@ def test_maps_without_rows_are_not_finished(tmp_path: Path, monkeypatch: Any) ->
     [
         ({"method": {"id": "rectgrad", "q": 95.0}}, r"settings: method\.q is 98\.0 there, 95\.0"),
         ({"method": {"id": "saliency"}}, r"method\.q is 98\.0 there, None here"),
-        ({"source": {"images": 6, "files_sha256": "cd"}}, r"pictures: source\.images is 5 there"),
+        (
+            {"source": {"images": 6, "files_sha256": "cd"}},
+            r"pictures .*: source\.images is 5 there",
+        ),
     ],
 )
 def test_another_job_is_refused_by_what_differs(

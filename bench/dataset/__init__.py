@@ -1,0 +1,1 @@
+"""What a data-set job costs besides explaining, and what its batches do to maps."""
