@@ -376,8 +376,8 @@ def test_areas_by_the_trapezoid_rule() -> None:
 
 def test_the_same_networks_are_trained_in_stacks_and_alone() -> None:
     experiment = roar.Roar(fractions=(0.1, 0.9), networks=2)
-    alone = list(experiment._stacks(stacked=False))
-    together = list(experiment._stacks(stacked=True))
+    alone = list(experiment._stacks(together=False))
+    together = list(experiment._stacks(together=True))
     assert {m for stack in alone for m in stack} == {m for stack in together for m in stack}
     assert len(alone) == 2 + 2 * 8 * 2 * 2 and max(map(len, together)) == 4
     for stacks in (alone, together):

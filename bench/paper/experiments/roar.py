@@ -116,11 +116,11 @@ class Roar(Experiment):
                     units[f"ranks-{name}-{split}-{key}"] = partial(
                         pixel_ranks, explainer, estimator, part.images, rows, sources.seed
                     )
-        for stack in self._stacks(stacked=sources.device != "cpu"):
+        for stack in self._stacks(together=sources.device != "cpu"):
             units[f"accuracy-{_label(stack)}"] = partial(self._retrain, sources, done, data, stack)
         return units
 
-    def _stacks(self, *, stacked: bool) -> Iterator[list[Member]]:
+    def _stacks(self, *, together: bool) -> Iterator[list[Member]]:
         """All networks, in groups of one estimator and test that are trained at once.
 
         A GPU is only busy with many at once. A CPU is faster with one after the other: seed by
@@ -132,7 +132,7 @@ class Roar(Experiment):
             [Member(estimator, test, f, seed) for f in self.fractions for seed in seeds]
             for estimator, test in itertools.product(self.estimators(), self.tests)
         ]
-        if stacked:
+        if together:
             yield from (baselines, *tests)
         else:
             members = itertools.chain(baselines, *tests)
@@ -191,9 +191,11 @@ class Roar(Experiment):
             numbers={
                 "accuracy": {k: v.mean(axis=1).tolist() for k, v in correct.items()},
                 "area": {
-                    test: {e: {"inner": float(a.inner.mean()), "all": float(a.whole.mean())}}
+                    test: {
+                        e: {"inner": float(a.inner.mean()), "whole": float(a.whole.mean())}
+                        for e, a in areas[test].items()
+                    }
                     for test in TESTS
-                    for e, a in areas[test].items()
                 },
             },
             tables=[
@@ -210,8 +212,7 @@ class Roar(Experiment):
             reduced=self.reduced,
             remarks=[
                 "Significance is paired over test images, of each image's area averaged over "
-                "networks; with one network for each estimator and fraction it says nothing about "
-                "the chance in training.",
+                "networks, so it speaks of these networks, not of others trained alike.",
                 "Removed pixels take the training set's mean colour, rounded to whole grey levels.",
             ],
         )

@@ -20,6 +20,8 @@ from rectgrad_ref.explainer import Explainer
 from ..networks import with_random_outputs
 from .subjects import OnSubjects, Subject, medians_table, more_alike, titles
 
+_COVERED = "ε-LRP"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convergence(OnSubjects):
@@ -103,7 +105,7 @@ class Convergence(OnSubjects):
             claims=claims,
             remarks=[
                 "Of methods that walk back once. Gradient × input has Saliency's backward pass, "
-                "and ε-LRP with its small ε nearly so."
+                f"and {_COVERED} with its small ε nearly so: in the plot it would cover Saliency."
             ],
         )
 
@@ -116,7 +118,7 @@ class Convergence(OnSubjects):
             plots.curves(
                 ax,
                 range(1, count + 1),
-                {method: np.array(medians) for method, medians in lines.items()},
+                {m: np.array(medians) for m, medians in lines.items() if m != _COVERED},
                 xlabel="activation, from the output down",
                 ylabel="cosine of two passes" if ax is axes[0] else "",
                 title="CIFAR-10" if subject == "cifar" else "photographs",
