@@ -81,7 +81,7 @@ def differentiated(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[int, 
 
 @_once
 def activations(graph: Graph) -> frozenset[str]:
-    """Names of the activations on the path: what RectGrad thresholds (SPEC section 2).
+    """Names of the activations on the path: what RectGrad thresholds (docs/conventions.md).
 
     Not among them: a Clip that is no ReLU-N, a Sigmoid that gates or weights another value, and a
     Tanh that caps the scores of an attention.
@@ -326,7 +326,7 @@ def _is_same_constant(ours: np.ndarray | None, theirs: np.ndarray | None) -> boo
 
 
 def is_tensorflow_same(graph: Graph, node: Node) -> bool:
-    """Whether TensorFlow would call the convolution SAME (SPEC section 3).
+    """Whether TensorFlow would call the convolution SAME (docs/conventions.md).
 
     Its output is ⌈input/stride⌉ on every axis and its padding, its own or that of a zero Pad node
     before it, is TensorFlow's for that size. A 1×1 convolution is SAME as well as VALID; a kernel

@@ -434,7 +434,7 @@ class _Run:
 
 
 def seed_at(scores: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
-    """What enters at the logits (SPEC section 1), shape (N, classes)."""
+    """What enters at the logits, shape (N, classes)."""
     rows = np.arange(len(scores))
     seed = np.zeros_like(scores)
     if kind == "softmax":

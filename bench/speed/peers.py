@@ -248,7 +248,7 @@ _MODULES: dict[str, Callable[[Node], nn.Module]] = {
 
 
 def kthvalue(scores: Tensor) -> Tensor:
-    """The same unit as SPEC's `tf_nearest`, by selection from below."""
+    """The same unit as `tf_nearest`, by selection from below."""
     return scores.kthvalue(scores.shape[1] - _from_top(scores), dim=1).values
 
 

@@ -40,7 +40,7 @@ def make_method(method: str | Method, preset: str = "default", **options: Any) -
         An id of `METHODS`, or a method, which then takes neither preset nor options.
     preset : str
         ``"default"``, ``"paper"`` (what the text says: the same) or ``"authors"`` (what their
-        published code does), SPEC "Presets".
+        published code does), docs/conventions.md.
     **options
         Fields of the method.
 

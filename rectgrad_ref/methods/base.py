@@ -160,7 +160,7 @@ def operators(*ops: str) -> Matches:
 
 
 def trick_convolutions(graph: Graph, trick: PaddingTrick) -> tuple[frozenset[str], list[str]]:
-    """Which convolutions the padding trick masks (SPEC section 3), and those too small for it.
+    """Which convolutions the padding trick masks (docs/conventions.md), and those too small for it.
 
     Parameters
     ----------

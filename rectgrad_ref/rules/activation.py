@@ -1,7 +1,7 @@
 """Elementwise activations: their values and their derivatives.
 
-`ACTIVATIONS` are the operators that attribution methods treat as layers (SPEC: "which values are
-thresholded"); everything that a method does at one of them is a rule in `declared.py`.
+`ACTIVATIONS` are the operators that attribution methods treat as layers (docs/conventions.md,
+"Which values"); everything that a method does at one of them is a rule in `declared.py`.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Gradient(Rule):
 
 @dataclass(frozen=True)
 class Rectify(Rule):
-    """RectGrad at an activation: R_in = f'(z) · R_out · [score > τ] (paper 4.1, SPEC section 2).
+    """RectGrad at an activation: R_in = f'(z) · R_out · [score > τ] (paper 4.1).
 
     Attributes
     ----------

@@ -29,7 +29,7 @@ from .engine import Conventions, Engine, Given
 Verdict = Literal["holds", "fails", "not applicable", "reported"]
 Tell = Callable[[str], None]
 
-# Left side, right side: options of `make_method` (SPEC section 5).
+# Left side, right side: options of `make_method` (docs/conventions.md).
 _IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deconvolution × input = RectGrad at τ = 0 with scores (a + ε)·R": (
         {"method": "deconvolution", "times_input": True, "final_threshold": True},
@@ -267,7 +267,7 @@ class _Examination:
         image = self.x if x is None else x
         return explainer.explain(image, target=self.target, trace=trace, **options)
 
-    # --- identities (SPEC section 5) --------------------------------------------------------------
+    # --- identities (docs/conventions.md) ---------------------------------------------------------
 
     def _identities(self) -> Iterator[Check]:
         group = "Identities (paper 4.2, appendix E)"

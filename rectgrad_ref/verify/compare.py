@@ -43,7 +43,7 @@ class Row:
     error : float
         Largest difference, relative to the largest value of its sample.
     tolerance : float
-        What rounding may do (SPEC section 5).
+        What rounding may do (docs/conventions.md).
     units : int
         That differ.
     ties : int

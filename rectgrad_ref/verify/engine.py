@@ -2,8 +2,9 @@
 
 RectGrad is discontinuous: once two correct implementations differ by one unit, everything upstream
 differs. So wherever the other side gave a gradient, it is compared and then takes the place of the
-walk's own, and what follows is compared on shared inputs (SPEC section 5). Linear steps are done in
-float64; scores are rounded to the dtype of the bundle before they meet τ, as they are everywhere.
+walk's own, and what follows is compared on shared inputs (docs/conventions.md). Linear steps are
+done in float64; scores are rounded to the dtype of the bundle before they meet τ, as they are
+everywhere.
 """
 
 from __future__ import annotations
@@ -506,7 +507,7 @@ class _Pass:
 
 
 def linear_tolerance(step: Step, unit: float) -> float:
-    """How far a linear step may be off, relative to its largest value (SPEC section 5)."""
+    """How far a linear step may be off, relative to its largest value (docs/conventions.md)."""
     node = step.node
     terms = 1
     if node.op == "Conv":
