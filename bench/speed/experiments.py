@@ -19,7 +19,6 @@ import onnx
 from rich.console import Console
 
 from rectgrad_ref import Explainer
-from rectgrad_ref.executors import cpu
 from rectgrad_ref.graph import input_spec
 from rectgrad_ref.model import ModelSource, read_model
 
@@ -167,7 +166,8 @@ def by_q(measured: Subject, settings: Settings) -> Iterator[Trial]:
     for q in QUANTILES:
         contenders.append(explanation(explainer, x, "rectgrad", q=q))
         forced = explanation(dense, x, "rectgrad", by=DENSE, q=q)
-        with mock.patch.object(cpu, "DENSITY", 0.0):  # read when the first call lowers the plan
+        lowering = f"rectgrad_ref.executors.{settings.backend}"
+        with mock.patch(f"{lowering}.DENSITY", 0.0):  # read when the first call lowers the plan
             forced.call()
         contenders.append(forced)
     yield Trial(x, contenders)

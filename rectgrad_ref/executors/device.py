@@ -51,6 +51,7 @@ class Device:
     def _numba(self) -> Any:
         try:
             from numba import cuda
+            from numba.cuda.core import config
         except ImportError as error:
             raise BackendUnavailable(
                 f"numba-cuda cannot be imported ({error}): {_REMEDY}"
@@ -65,6 +66,7 @@ class Device:
         runtime = import_onnxruntime()
         if self.provider not in runtime.get_available_providers():
             raise BackendUnavailable(f"this onnxruntime was built without CUDA: {_REMEDY}")
+        config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # small layers fill no GPU
         runtime.preload_dlls()  # CUDA and cuDNN from their wheels, where they come from these
         return cuda
 
