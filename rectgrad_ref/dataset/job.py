@@ -26,17 +26,10 @@ from ..attribution import plain
 from ..errors import BackendUnavailable, InvalidImage
 from ..executors.crew import processors
 from ..explainer import Explainer, Targets, _targets
-from ..images import (
-    Layout,
-    Prepared,
-    Preprocess,
-    PreprocessLike,
-    _readable,
-    prepare,
-    resolve_preprocess,
-)
+from ..images import Layout, Prepared, _readable, prepare
 from ..methods import Method, make_method
 from ..model import ModelSource
+from ..preprocess import Preprocess, PreprocessLike, resolve_preprocess
 from .sources import Item, Npy, Source, Zarr, find_source
 from .store import Store
 
@@ -160,9 +153,11 @@ class Job:
                     f"as the model's input it is {array.shape[1:]}, but the first is {self.shape}"
                 )
         except InvalidImage as error:
-            if isinstance(item, Path) and not item.exists():
+            if not isinstance(item, Path):
+                return _Sample(str(error))
+            if not item.exists():
                 raise  # not a broken picture: the source has changed
-            return _Sample(str(error).removeprefix(f"{item}: "))
+            return _Sample(str(error).removeprefix(f"{item}: "))  # which the table has already
         return _Sample("ok", array)
 
     def _prepared(self, explainer: Explainer, item: Item, name: str) -> Prepared:

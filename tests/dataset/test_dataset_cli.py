@@ -87,6 +87,7 @@ def test_the_bar_shows_number_rate_and_time_left(
 ) -> None:
     screen = Console(force_terminal=True, record=True, width=200)
     monkeypatch.setattr(cli, "Console", lambda **_: screen)
-    assert rectgrad(model, folder, "-o", tmp_path / "out", "--chunk-size", 5).exit_code == 0
+    settings = ("--backend", "reference", "--chunk-size", 5)
+    assert rectgrad(model, folder, "-o", tmp_path / "out", *settings).exit_code == 0
     shown = screen.export_text()
     assert re.search(r"explaining .* 25/25 [\d.e+]+/s 0:00:00", shown), shown
