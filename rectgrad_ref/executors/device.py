@@ -83,6 +83,8 @@ class Device:
             "device_id": "0",
             "user_compute_stream": str(int(self.stream)),
             "use_tf32": str(int(self.tf32)),
+            # The same algorithms in every process, where trials of all would let chance decide.
+            "cudnn_conv_algo_search": "HEURISTIC",
             # Blocks of the size that is asked for: what is left of the memory is ours.
             "arena_extend_strategy": "kSameAsRequested",
         }
@@ -178,6 +180,7 @@ class Session:
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
         options.log_severity_level = 3
+        options.use_deterministic_compute = True
         self._device = device
         self._session = runtime.InferenceSession(
             model, options, providers=[(device.provider, device.options)]

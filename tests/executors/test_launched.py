@@ -8,6 +8,7 @@ the compiled walk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -255,6 +256,15 @@ def test_explanations_are_those_of_the_reference(method: str) -> None:
     scale = np.abs(expected.values).max()
     np.testing.assert_allclose(found.values, expected.values, rtol=0, atol=1e-5 * scale)
     assert found.environment["backend"] == "cuda"
+
+
+def test_calls_from_several_threads_take_turns() -> None:
+    explainer = Explainer(SMALL.onnx(), backend="cuda")
+    expected = [explainer.explain(IMAGES[i : i + 1], q=80.0).values for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(explainer.explain, IMAGES[i : i + 1], q=80.0) for i in range(3)]
+        for job, values in zip(jobs, expected, strict=True):
+            np.testing.assert_array_equal(job.result(timeout=60).values, values)
 
 
 def test_a_trace_shows_every_layer() -> None:
