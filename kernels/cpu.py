@@ -48,11 +48,12 @@ PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = rang
 # away from 0, or of the differences of both from those at a baseline.
 BY_EPSILON, BY_DIFFERENCE = range(2)
 
-# Shared words of a team: the threshold or its bound, whether it is final, and whether what passes
-# the activation is no list, because it is too much, but all that its sheet holds.
-THRESHOLD, FINAL, FILLED, SHARED = 0, 8, 16, 24
+# Shared words of a team: the threshold or its bound, whether it is final, whether what passes the
+# activation is no list, because it is too much, but all that its sheet holds; and the last τ.
+THRESHOLD, FINAL, FILLED, PREVIOUS, SHARED = 0, 8, 16, 24, 32
+_PARTS = 4  # of a picture for each member of a team
 _SAMPLED_LEAST, _SAMPLED_MOST = 128, 1024
-_GUESSED = 0.5  # part of the last sample's τ; about twice as many units exceed it
+_GUESSED = 0.5  # part of what τ should be; about twice as many units exceed it
 BINS = 256
 
 
@@ -90,6 +91,15 @@ def _passes(mode, a, r, eps):
 @_inlined
 def _share(n, member, members):
     return n * member // members, n * (member + 1) // members
+
+
+@_inlined
+def _parts(members):
+    """Into how many parts a team cuts a picture, of which each member takes every so many-th.
+
+    What passes lies together in it, so that halves would hold very different numbers of units.
+    """
+    return 1 if members == 1 else _PARTS * members
 
 
 @_inlined
@@ -309,8 +319,16 @@ def _all_scores(op, arena, touched, active, mode, eps, work):
 
 
 @_kernel
-def _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr):
-    """Collect units of the pixels first … last; bound < 0 stands for "whatever passes"."""
+def _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr):
+    """Collect units of this member's pixels; bound < 0 stands for "whatever passes"."""
+    parts = _parts(members)
+    for part in range(member, parts, members):
+        first, last = _share(op[S_H] * op[S_W], part, parts)
+        _scan_part(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr)
+
+
+@_kernel
+def _scan_part(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr):
     begins, ends, channels, values, scores = csr
     width, marks = op[S_C], op[S_TOUCHED]
     source, stride, read, read_stride = op[S_OFFSET], op[S_STRIDE], op[A_OFFSET], op[A_STRIDE]
@@ -342,8 +360,16 @@ def _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, cs
 
 
 @_kernel
-def _filter(op, first, last, active, tau, ceiling, csr):
+def _filter(op, member, members, active, tau, ceiling, csr):
     """Keep the collected units whose score is above τ and whose activation is below the ceiling."""
+    parts = _parts(members)
+    for part in range(member, parts, members):
+        first, last = _share(op[S_H] * op[S_W], part, parts)
+        _filter_part(op, first, last, active, tau, ceiling, csr)
+
+
+@_kernel
+def _filter_part(op, first, last, active, tau, ceiling, csr):
     begins, ends, channels, values, scores = csr
     read, read_stride, bounded = op[A_OFFSET], op[A_STRIDE], ceiling < np.inf
     for p in range(first, last):
@@ -363,10 +389,10 @@ def _filter(op, first, last, active, tau, ceiling, csr):
 def _collected(op, csr, members, work):
     """Copy the scores of all candidates together; returns how many there are."""
     _, ends, _, _, scores = csr
-    n = 0
-    for member in range(members):
-        # What one member has found lies without a gap.
-        first, last = _share(op[S_H] * op[S_W], member, members)
+    parts, n = _parts(members), 0
+    for part in range(parts):
+        # What is found in one part lies without a gap.
+        first, last = _share(op[S_H] * op[S_W], part, parts)
         if first < last:
             for i in range(first * op[S_C], ends[last - 1]):
                 work[n] = scores[i]
@@ -405,8 +431,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
     mode, eps = op[MODE], np.float32(floats[EPS])
     low, high = op[RANK_LOW], op[RANK_HIGH]
     pixels = op[S_H] * op[S_W]
-    first, last = _share(pixels, member, members)
-    bound = np.float32(floats[GUESS])
+    bound = np.float32(_GUESSED * floats[GUESS] * shared[PREVIOUS])
     if bound == 0:
         if member == 0:
             shared[THRESHOLD] = _sampled_bound(
@@ -415,7 +440,8 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
         wait(barrier, members)
         bound = np.float32(shared[THRESHOLD])
     while True:
-        _scan(op, first, last, arena, touched, active, mode, eps, np.float32(np.inf), bound, csr)
+        ceiling = np.float32(np.inf)
+        _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr)
         wait(barrier, members)
         if member == 0:
             found = _collected(op, csr, members, work)
@@ -453,8 +479,9 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
 
 
 @_kernel
-def _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, tau, csr):
+def _scan_negative(op, member, members, arena, touched, active, mode, eps, ceiling, tau, csr):
     """τ < 0: units of zero score pass as well, so every touched unit is compared."""
+    first, last = _share(op[S_H] * op[S_W], member, members)
     begins, ends, channels, values, _ = csr
     width = op[S_C]
     end = first * width
@@ -506,31 +533,44 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
         shared[FILLED] = 0
     mode, eps = op[MODE], np.float32(floats[EPS])
     ceiling = np.float32(floats[CEILING])
-    first, last = _share(op[S_H] * op[S_W], member, members)
     thresholded = mode >= PASS_AR
     tau = floats[TAU]
     if thresholded and np.isnan(tau):
+        previous = shared[PREVIOUS]
         tau = _find_tau(
             op, arena, touched, active, csr, work, shared, floats, member, members, barrier
         )
-        floats[GUESS] = max(_GUESSED * tau, 0)
+        _remember(tau, floats, shared, previous)
         if tau > 0:
-            _filter(op, first, last, active, tau, ceiling, csr)
+            _filter(op, member, members, active, tau, ceiling, csr)
             wait(barrier, members)
             return
     if not thresholded or tau == 0:
         few = _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, barrier)
         if few:
-            _scan(op, first, last, arena, touched, active, mode, eps, ceiling, np.float32(-1), csr)
+            whatever = np.float32(-1)
+            _scan(op, member, members, arena, touched, active, mode, eps, ceiling, whatever, csr)
         elif member == 0:
             shared[FILLED] = 1
     elif tau > 0:
         bound = np.float32(0)
-        _scan(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr)
-        _filter(op, first, last, active, tau, ceiling, csr)
+        _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr)
+        _filter(op, member, members, active, tau, ceiling, csr)
     else:
-        _scan_negative(op, first, last, arena, touched, active, mode, eps, ceiling, tau, csr)
+        _scan_negative(op, member, members, arena, touched, active, mode, eps, ceiling, tau, csr)
     wait(barrier, members)
+
+
+@_inlined
+def _remember(tau, floats, shared, previous):
+    """For the next sample: of images with larger gradients, every τ is larger, but not their ratio.
+
+    All members write the same.
+    """
+    floats[GUESS] = 0
+    if 0 < tau < np.inf:
+        floats[GUESS] = tau / previous
+        shared[PREVIOUS] = tau
 
 
 @_kernel
@@ -741,20 +781,20 @@ def _scatter(op, arena, touched, weights, csr, member, members, barrier):
         wait(barrier, members)
         return
     by_channel = members > 1 and op[T_C] >= 64 * members
-    row_first, row_last = 0, op[T_H]
-    c_first, c_last = 0, op[T_C]
     if by_channel:
         blocks_first, blocks_last = _share((op[T_C] + 15) // 16, member, members)
         c_first, c_last = blocks_first * 16, min(blocks_last * 16, op[T_C])
-    else:
-        row_first, row_last = _share(op[T_H], member, members)
-    if by_channel:
         _clear_reached(op, arena, touched, csr, c_first, c_last)
         wait(barrier, members)
         if member == 0:
             _mark_reached(op, touched, csr)
         wait(barrier, members)
-    _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last)
+        _scatter_part(op, arena, touched, weights, csr, 0, op[T_H], c_first, c_last)
+    else:
+        parts = _parts(members)
+        for part in range(member, parts, members):
+            first, last = _share(op[T_H], part, parts)
+            _scatter_part(op, arena, touched, weights, csr, first, last, 0, op[T_C])
     wait(barrier, members)
 
 
@@ -978,7 +1018,7 @@ def advance(
         Offsets into `active` are those of sample 0; sample s lies s · A_LENGTH further on, its
         baseline s · B_LENGTH.
     floats : float64 array, (operations, FLOATS)
-        The team's own: a layer's τ is much the same from sample to sample, and remembered here.
+        The team's own: how many times the τ of the layer before a layer's is, is remembered here.
     first : int
         How many samples lie before these in `active`.
     rows : int64 array, (N,)
@@ -1016,6 +1056,8 @@ def _run(
     barrier,
 ):  # fmt: skip
     row = start
+    if row == 0:
+        shared[PREVIOUS] = 1
     while row < table.shape[0]:
         op = table[row]
         kind = op[OP]
@@ -1073,11 +1115,13 @@ def _shared(op, floats, arena, touched, active, weights, csr, shared, member, me
     """Operations that every thread does for its own pixels, or rows of the target."""
     kind = op[OP]
     if kind in (MAX_POOL, AVERAGE_POOL):
-        first, last = _share(op[T_H], member, members)
-        if kind == MAX_POOL:
-            _max_pool(op, arena, touched, active, first, last)
-        else:
-            _average_pool(op, arena, touched, first, last)
+        parts = _parts(members)
+        for part in range(member, parts, members):
+            first, last = _share(op[T_H], part, parts)
+            if kind == MAX_POOL:
+                _max_pool(op, arena, touched, active, first, last)
+            else:
+                _average_pool(op, arena, touched, first, last)
         return
     if kind == RATIO:
         first, last = _share(op[S_H] * op[S_W], member, members)

@@ -300,6 +300,8 @@ class _Team:
             # behind go first, so that as many as possible meet.
             row = int(rows[samples].min())
             if row == len(table) or table[row, k.OP] == k.STOP:
+                # Where the next call begins to look for its thresholds, which changes no result.
+                self.chunk.program.floats[:, k.GUESS] = self.floats[:, k.GUESS]
                 return
             waiting = samples[rows[samples] == row]
             wait(self.scratch.barrier, members)  # until all have looked at the rows
