@@ -30,6 +30,14 @@ def section(page: str, heading: str) -> str:
     return rest.partition("\n## ")[0]
 
 
+def test_links_of_the_readme() -> None:
+    """Those of the other pages are checked while the site is built."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text("utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert len(local) > 10
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_guide_names_every_option(method: str) -> None:
     named = set(re.findall(r"`(\w+)`", section("methods.md", method)))
