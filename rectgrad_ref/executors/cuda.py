@@ -173,6 +173,7 @@ DTYPES: dict[str, Any] = {
     "tau": np.float64,
 }
 CLEARED = ("totals", "tickets")  # and so they stay
+_LISTS = ("counts", "which", "values")
 
 
 def lower(plan: Plan, weights: WeightStore, *, trace: bool) -> Program:
@@ -388,47 +389,46 @@ class _Lowering:
 
     def listed(self, step: Step, source: Sheet, condition: tuple[Scalar | str, ...]) -> None:
         """A convolution's or matrix's transpose by a list of what passes the condition."""
-        node = step.node
-        channels, height, width = _extents(self.graph.shapes[node.outputs[0]])
+        channels, height, width = _extents(step.node.output_shapes[0])
         pixels = height * width
-        self.need(
-            counts=self.batch * pixels,
-            which=self.batch * source.units,
-            values=self.batch * source.units,
-        )
-        lists = ("counts", "which", "values")
+        units = self.batch * source.units
+        self.need(counts=self.batch * pixels, which=units, values=units)
         # Of few pixels each block takes some only, so that there are enough blocks.
         across = LANES if self.batch * pixels >= LANES * BLOCKS else max(1, LANES // 4)
-        across = min(across, 1 << (pixels - 1).bit_length())
-        groups = max(1, min(GROUP * 2 // across, channels))
-        blocks: tuple[int, ...] = (self.batch, -(-pixels // across))
+        across = min(across, _power_of_two(pixels))
+        groups = max(1, min(2 * GROUP // across, channels))
         border = int(isinstance(step.rule, ConvTranspose) and step.rule.mask_border)
         arguments = (
             "arena", *source.place, *condition[:2], channels, height, width, border, *condition[2:],
-            *lists,
+            *_LISTS,
         )  # fmt: skip
+        blocks = (self.batch, -(-pixels // across))
         self.items.append(Launch("compact", blocks, (across, groups), arguments))
+        self._gather(step.node)
+
+    def _gather(self, node: Node) -> None:
+        """The transpose of a convolution, or of a matrix as one of a pixel, from the lists."""
         target, adds = self.target(node.inputs[0])
         if node.op == "Conv":
-            shape = _extents(self.graph.shapes[node.inputs[0]])
+            extents = _extents(node.input_shapes[0])
             geometry = (*_geometry(Window.of(node)), node["group"])
             begin = self.weights.add(node.inputs[1], "conv", lambda: conv_rows(node))
         else:
-            shape = (target.units, 1, 1)
-            geometry = (1, 1, 1, 1, 1, 1, 0, 0, 1)
+            extents, geometry = (target.units, 1, 1), (1, 1, 1, 1, 1, 1, 0, 0, 1)
             use = f"rows {node.attributes.get('transB')} {node.attributes.get('alpha')}"
-            begin = self.weights.add(node.inputs[1], use, lambda: matrix_rows(node, shape))
-        row = shape[0] // geometry[-1] * prod(geometry[:2])
-        lanes = min(LANES, 1 << (shape[0] - 1).bit_length())
-        rows = min(GROUP // lanes, 1 << (shape[1] * shape[2] - 1).bit_length())
-        tile = min(
-            max(rows, PIXELS), k.TILE // (lanes + 1), 1 << (prod(shape[1:]) - 1).bit_length()
-        )
+            begin = self.weights.add(node.inputs[1], use, lambda: matrix_rows(node, extents))
+        row = extents[0] // geometry[-1] * prod(geometry[:2])
+        pixels, lanes = prod(extents[1:]), min(LANES, _power_of_two(extents[0]))
+        slices = -(-extents[0] // lanes)
+        rows = min(GROUP // lanes, _power_of_two(pixels))
+        tile = min(max(rows, PIXELS), k.TILE // (lanes + 1), _power_of_two(pixels))
+        while tile > rows and self.batch * -(-pixels // tile) * slices < BLOCKS:
+            tile //= 2
         arguments = (
-            "arena", *target.place, adds, *shape, *lists, channels, height, width, "weights", begin,
-            row, *geometry, tile,
+            "arena", *target.place, adds, *extents, *_LISTS, *_extents(node.output_shapes[0]),
+            "weights", begin, row, *geometry, tile,
         )  # fmt: skip
-        blocks = (self.batch, -(-prod(shape[1:]) // tile), -(-shape[0] // lanes))
+        blocks = (self.batch, -(-pixels // tile), slices)
         self.items.append(Launch("transpose", blocks, (lanes, min(rows, tile)), arguments))
 
     def product(self, step: Step) -> None:
@@ -680,6 +680,11 @@ def _extents(shape: Sequence[int] | None) -> tuple[int, int, int]:
     if len(shape) == 4:
         return shape[1], shape[2], shape[3]
     return prod(shape[1:]), 1, 1
+
+
+def _power_of_two(n: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (n - 1).bit_length()
 
 
 def _geometry(window: Window) -> tuple[int, ...]:

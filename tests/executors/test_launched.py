@@ -61,7 +61,13 @@ class Simulated(Device):
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there are several blocks, and the simulator has few threads to start."""
     if SIMULATED:
-        for name, size in (("THREADS", 1), ("UNITS", 64), ("GROUP", 1), ("LANES", 1)):
+        for name, size in (
+            ("THREADS", 1),
+            ("UNITS", 64),
+            ("GROUP", 1),
+            ("LANES", 1),
+            ("BLOCKS", 8),
+        ):
             monkeypatch.setattr(lowering, name, size)
         # Shorter digits: fewer bins to go through.
         for name, size in (("BITS", 8), ("DIGITS", 4), ("BINS", 256), ("COUNTS", 512)):
