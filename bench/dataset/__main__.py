@@ -18,6 +18,8 @@ from rectgrad_ref.dataset.job import _opened
 from rectgrad_ref.dataset.sources import find_source
 from rectgrad_ref.images import prepare
 
+Cost = tuple[float, float]
+"""Seconds that passed, and seconds of this process's threads."""
 BATCHES = (2, 8, 32, 128)
 # Rounding of sums alone stays far below this part of a map's largest value.
 VISIBLE = 1e-3
@@ -29,6 +31,7 @@ def main(
     images: Annotated[int, typer.Option(help="Of the source, for the rounding.")] = 256,
     rounds: Annotated[int, typer.Option(help="The fastest counts; 0: rounding only.")] = 3,
     threads: int = 2,
+    chunk_size: int = 50,
     preprocess: str | None = None,
     ray: Annotated[bool, typer.Option(help="Also as many workers of one thread.")] = True,
 ) -> None:
@@ -41,12 +44,13 @@ def main(
         f"before; {machine['date']}, commit {machine['commit']}.\n"
     )
     if rounds:
-        print("| | pictures/s | ms a picture |\n|---|--:|--:|")
-    for name, measure in _contenders(model, source, preprocess, inputs, threads, ray):
+        print("| | pictures/s | ms a picture | of all processors |\n|---|--:|--:|--:|")
+    for name, measure in _contenders(model, source, preprocess, inputs, threads, chunk_size, ray):
         if not rounds:
             break
-        seconds = min(measure() for _ in range(rounds))
-        print(f"| {name} | {1 / seconds:.4g} | {1000 * seconds:.3g} |", flush=True)
+        seconds, busy = min(measure() for _ in range(rounds))
+        here = "–" if "Ray" in name else f"{1000 * busy:.3g}"
+        print(f"| {name} | {1 / seconds:.4g} | {1000 * seconds:.3g} | {here} |", flush=True)
     _print_rounding(model, inputs[:images], threads)
     print(f"\nLoad average afterwards {load()[0]}.")
 
@@ -74,41 +78,41 @@ def _contenders(
     preprocess: str | None,
     inputs: np.ndarray,
     threads: int,
+    chunk: int,
     ray: bool,
-) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Names, and functions that return seconds per picture."""
-    settings: dict[str, Any] = {"preprocess": preprocess}
+) -> Iterator[tuple[str, Callable[[], Cost]]]:
+    """Names, and functions that return what a picture costs."""
+    settings: dict[str, Any] = {"preprocess": preprocess, "chunk_size": chunk}
     explainer = Explainer(model, threads=threads)
-    chunk = _chunk_size(model, source, settings)
     starts = range(0, len(inputs), chunk)
 
-    def reading() -> float:
-        begin = time.perf_counter()
+    def reading() -> Cost:
+        begin = _now()
         for _ in _prepared(explainer, source, preprocess):
             pass
-        return (time.perf_counter() - begin) / len(inputs)
+        return _cost(begin, _now(), len(inputs))
 
-    def explaining(explainer: Explainer) -> float:
+    def explaining(explainer: Explainer) -> Cost:
         explainer.explain(inputs[:chunk])
-        begin = time.perf_counter()
+        begin = _now()
         for start in starts:
             explainer.explain(inputs[start : start + chunk])
-        return (time.perf_counter() - begin) / len(inputs)
+        return _cost(begin, _now(), len(inputs))
 
-    def job(**more: Any) -> float:
+    def job(**more: Any) -> Cost:
         """Without what comes before the first chunk: loading, compiling, starting workers."""
-        times: list[tuple[int, float]] = []
+        times: list[tuple[int, Cost]] = []
         with tempfile.TemporaryDirectory() as folder:
             explain_dataset(
                 model,
                 source,
                 Path(folder) / "out",
-                progress=lambda done, _: times.append((done, time.perf_counter())),
+                progress=lambda done, _: times.append((done, _now())),
                 **settings,
                 **more,
             )
         (first, begin), (last, end) = times[1], times[-1]
-        return (end - begin) / (last - first)
+        return _cost(begin, end, last - first)
 
     yield "reading and preprocessing alone, one thread", reading
     yield f"explaining alone, {threads} threads", lambda: explaining(explainer)
@@ -122,12 +126,12 @@ def _contenders(
             yield name, lambda workers=workers: job(ray="local", workers=workers)  # type: ignore[misc]
 
 
-def _chunk_size(model: Path, source: Path, settings: dict[str, Any]) -> int:
-    from rectgrad_ref.dataset.job import _default_chunk_size
+def _now() -> Cost:
+    return time.perf_counter(), time.process_time()
 
-    explainer = Explainer(model)
-    first = next(_prepared(explainer, source, settings["preprocess"]))
-    return _default_chunk_size(first.shape[1:])
+
+def _cost(begin: Cost, end: Cost, pictures: int) -> Cost:
+    return (end[0] - begin[0]) / pictures, (end[1] - begin[1]) / pictures
 
 
 def _print_rounding(model: Path, inputs: np.ndarray, threads: int) -> None:

@@ -56,7 +56,7 @@ def run_on_ray(
     if not numbers:
         return
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
     connected_here = not ray.is_initialized()
     if connected_here:
@@ -71,11 +71,11 @@ def run_on_ray(
                 "cluster does not have; give fewer threads"
             )
         runs = -(-len(numbers) // _RUN)
-        DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        written = ray.data.from_items(
-            [{"chunk": number} for number in numbers], override_num_blocks=runs
-        ).map_batches(
+        work = ray.data.from_items([{"chunk": n} for n in numbers], override_num_blocks=runs)
+        work.context.enable_progress_bars = False
+        work.context.target_max_block_size = 1  # so that every chunk is told of at once
+        written = work.map_batches(
             _Worker,
             fn_constructor_args=(job, store),
             compute=ActorPoolStrategy(size=min(workers or room, room, runs)),
