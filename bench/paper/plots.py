@@ -62,12 +62,15 @@ def boxes(
         if values[name].ndim > 1:
             medians = np.median(values[name], axis=1)
             colour = OURS if name in ours else OTHER
-            ax.plot(medians, np.full(len(medians), i + 1), ".", color=colour, markersize=4)
+            (dots,) = ax.plot(medians, np.full(len(medians), i + 1), ".", markersize=4)
+            dots.set(color=colour, label="" if name in ours else "median of a network")
     if paper:
         known = [i + 1 for i, name in enumerate(names) if name in paper]
         marks = [paper[names[i - 1]] for i in known]
         ax.plot(marks, known, "D", color=PAPER, markersize=4, label="paper's median", zorder=3)
-        ax.legend(fontsize=_SIZE - 1, frameon=False)
+    handles, labels = ax.get_legend_handles_labels()
+    if named := dict(zip(labels, handles, strict=True)):
+        ax.legend(named.values(), named.keys(), fontsize=_SIZE - 1, frameon=False)
     ax.set_yticks(range(1, len(names) + 1), names)
     ax.invert_yaxis()
     ax.set_xlabel(label, size=_SIZE)
