@@ -269,8 +269,9 @@ def explain_dataset(
         processor, or with `ray` one.
     ray : str, optional
         Run on a Ray cluster: ``"local"`` starts one on this machine, ``"auto"`` finds the one that
-        this machine is part of, and ``"HOST:PORT"`` is another's. Model, source and `out` must have
-        the same paths on all its machines.
+        this machine is part of, and ``"HOST:PORT"`` is another's; one to which this process is
+        connected already is taken, whatever the address. Model, source and `out` must have the same
+        paths on all its machines.
     workers : int, optional
         Processes on that cluster; by default as many as it has processors for.
     progress : callable, optional
