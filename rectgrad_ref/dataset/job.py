@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ..attribution import plain
-from ..errors import BackendUnavailable, InvalidImage
+from ..errors import BackendUnavailable, InvalidImage, OutputError
 from ..executors.crew import processors
 from ..explainer import Explainer, Targets, _targets
 from ..images import Layout, Prepared, _readable, prepare
@@ -289,7 +289,7 @@ def explain_dataset(
     ------
     OutputError
         `out` has something else in it, or maps of another job or of a source that has changed
-        since; or it cannot be written to. Finished chunks stay.
+        since; or it is part of the source, or cannot be written to. Finished chunks stay.
     InvalidImage
         There are no pictures, or none of the first thousand can be used; or one that was there at
         the beginning has gone.
@@ -301,6 +301,8 @@ def explain_dataset(
     _require_installed("zarr", "pyarrow", *["ray"] * (ray is not None))
     chosen = make_method(method, preset, **options)
     _check(chosen, precision, chunk_size, batch_size, batch_invariant, ray, workers)
+    if Path(source).is_dir() and Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise OutputError(f"{out} is inside the source {source}; choose a folder outside")
     store = Store(out)
     with store.locked():
         if threads is None:

@@ -416,6 +416,12 @@ def test_what_no_job_can_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_inside_the_source_is_refused(model: Path, folder: Path) -> None:
+    with pytest.raises(OutputError, match="inside the source"):
+        run(model, folder, folder / "out")
+    assert not (folder / "out").exists()
+
+
 def test_without_zarr_it_says_how_to_install(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
