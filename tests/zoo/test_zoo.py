@@ -152,8 +152,13 @@ def test_methods_of_many_passes(
     result = explained(load(name), images, method)
     sound(result, load(name), len(images))
     if method == "integrated_gradients":
-        there = explained(load(name), images, "integrated_gradients", steps=400)
-        assert np.abs(there.completeness_gap).max() < np.abs(result.completeness_gap).max()
+        finer = explained(load(name), images, "integrated_gradients", steps=400)
+        # From black to a picture of 0 … 255, what bends does so in the first hundredth of the path,
+        # where more steps do not always fall more luckily.
+        small = 1e-3 * np.abs(result.logits).max()
+        assert np.abs(finer.completeness_gap).max() < max(
+            np.abs(result.completeness_gap).max(), small
+        )
 
 
 @models
