@@ -13,7 +13,8 @@ from ..errors import BackendUnavailable, RectGradError
 from .job import Job
 from .store import Store
 
-# Chunks that a worker is given at once: while it explains one, it reads the next.
+# Chunks that a worker is given at once, if there are enough for all: it reads the next of them while
+# it explains one.
 _RUN = 4
 _PATIENCE = 10  # seconds
 
@@ -63,14 +64,19 @@ def run_on_ray(
         _connect(ray, address)
     try:
         needs = {"CPU": job.loading["threads"], "GPU": int(job.loading["backend"] == "cuda")}
-        there = ray.cluster_resources()
-        room = min(int(there.get(kind, 0)) // number for kind, number in needs.items() if number)
+        room = sum(
+            min(int(node["Resources"].get(kind, 0)) // n for kind, n in needs.items() if n)
+            for node in ray.nodes()
+            if node["Alive"]
+        )
         if not room:
             raise BackendUnavailable(
-                f"a worker takes {needs['CPU']} processors and {needs['GPU']} GPUs, which the Ray "
-                "cluster does not have; give fewer threads"
+                f"a worker takes {needs['CPU']} processors and {needs['GPU']} GPUs, which no machine "
+                "of the Ray cluster has; give fewer threads"
             )
-        runs = -(-len(numbers) // _RUN)
+        size = min(workers or room, room, len(numbers))
+        run = min(_RUN, -(-len(numbers) // size))
+        runs = -(-len(numbers) // run)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         work = ray.data.from_items([{"chunk": n} for n in numbers], override_num_blocks=runs)
         work.context.enable_progress_bars = False
@@ -78,8 +84,8 @@ def run_on_ray(
         written = work.map_batches(
             _Worker,
             fn_constructor_args=(job, store),
-            compute=ActorPoolStrategy(size=min(workers or room, room, runs)),
-            batch_size=_RUN,
+            compute=ActorPoolStrategy(size=min(size, runs)),
+            batch_size=run,
             num_cpus=needs["CPU"],
             num_gpus=needs["GPU"],
         )
