@@ -13,8 +13,8 @@ from ..errors import BackendUnavailable, RectGradError
 from .job import Job
 from .store import Store
 
-# Chunks that a worker is given at once, if there are enough for all: it reads the next of them while
-# it explains one.
+# Chunks that a worker is given at once, if there are enough for all. It reads the next of them
+# while it explains one.
 _RUN = 4
 _PATIENCE = 10  # seconds
 
@@ -71,8 +71,8 @@ def run_on_ray(
         )
         if not room:
             raise BackendUnavailable(
-                f"a worker takes {needs['CPU']} processors and {needs['GPU']} GPUs, which no machine "
-                "of the Ray cluster has; give fewer threads"
+                f"a worker takes {needs['CPU']} processors and {needs['GPU']} GPUs, which no "
+                "machine of the Ray cluster has; give fewer threads"
             )
         size = min(workers or room, room, len(numbers))
         run = min(_RUN, -(-len(numbers) // size))
