@@ -88,10 +88,17 @@ def curves(
     spread: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     marker: str = "",
     legend: bool = True,
+    order: Sequence[str] = (),
 ) -> None:
-    """One line a name; `spread` shades the space between two others."""
-    styles = itertools.product(("-", "--"), _CURVES)
-    for (dashes, colour), (name, y) in zip(styles, lines.items(), strict=False):
+    """One line a name; `spread` shades the space between two others.
+
+    Names have their styles by `order`, where several plots show different ones of them.
+    """
+    styles = dict(
+        zip(order or lines, itertools.product(("-", "--"), _CURVES), strict=False),
+    )
+    for name, y in lines.items():
+        dashes, colour = styles[name]
         (line,) = ax.plot(x, y, dashes, color=colour, label=name, linewidth=1.4)
         line.set(marker=marker, markersize=3)
         if spread and name in spread:

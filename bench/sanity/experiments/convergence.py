@@ -123,8 +123,9 @@ class Convergence(OnSubjects):
                 ylabel="cosine of two passes" if ax is axes[0] else "",
                 title="CIFAR-10" if subject == "cifar" else "photographs",
                 legend=False,
+                order=list(all_methods()),
             )
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set_ylim(min(0, *(min(line) for line in lines.values())) - 0.05, 1.02)
-        plots.shared_legend(figure, axes[-1])
+        plots.shared_legend(figure, axes[0])
         return [plots.save(figure, folder, self.name)]

@@ -176,10 +176,11 @@ class Randomization(OnSubjects):
                 ylabel=measure,
                 title="CIFAR-10" if subject == "cifar" else "photographs",
                 legend=False,
+                order=list(all_methods()),
             )
-            labels = ["none", *(stage.rpartition("/")[2] for stage in stages)]
+            labels = ["none", *(stage.replace("/", " ") for stage in stages)]
             ax.set_xticks(range(len(labels)), labels, rotation=90)
-        plots.shared_legend(figure, axes[-1])
+        plots.shared_legend(figure, axes[0])
         return [plots.save(figure, folder, self.name)]
 
 
