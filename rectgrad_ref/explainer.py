@@ -324,7 +324,7 @@ class _Run:
                 f"{method.id}: this convention is over the whole batch, but {len(x)} samples do "
                 f"not fit one pass of {self.chunk}; give fewer, or another scope"
             )
-        self._given = _targets(target, len(x), first.graph.classes, self.names)
+        self._given = resolve_targets(target, len(x), first.graph.classes, self.names)
         once = method.walks_once
         self.logits = np.zeros((0, first.graph.classes)) if once else self._scores(x)
         self.target = self._choose(self.logits, slice(None))
@@ -457,9 +457,16 @@ def _sample_keys(keys: Sequence[int] | None, samples: int) -> np.ndarray:
     return array
 
 
-def _targets(
+def resolve_targets(
     target: Targets, samples: int, classes: int, names: Sequence[str] | None
 ) -> np.ndarray | None:
+    """A class index for each sample; None for the predicted classes.
+
+    Raises
+    ------
+    InvalidTarget
+        There is no such class, or another number of them than of samples.
+    """
     if target is None:
         return None
     one = isinstance(target, str) or not np.iterable(target)

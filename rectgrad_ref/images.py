@@ -139,7 +139,7 @@ def load_picture(path: PathLike) -> Image.Image:
         The file is missing, a folder, no picture, damaged, has no defined range (32-bit or float
         pixels) or has so many pixels that Pillow takes it for a decompression bomb.
     """
-    with _readable(str(path)), Image.open(path) as image:
+    with readable(str(path)), Image.open(path) as image:
         return _upright_rgb(image, str(path))
 
 
@@ -174,7 +174,7 @@ def infer_layout(shape: Shape) -> Layout:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """Turn what reading a picture may raise into InvalidImage about `name`."""
     try:
         yield
@@ -324,7 +324,7 @@ def _load(item: Any, model: _ModelInput, name: str) -> Image.Image | NDArray[Any
     if isinstance(item, (str, os.PathLike)):
         return load_picture(item)
     if isinstance(item, Image.Image):
-        with _readable(name):
+        with readable(name):
             return _upright_rgb(item, name)
     if not hasattr(item, "__array__"):
         raise InvalidImage(

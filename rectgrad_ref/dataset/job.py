@@ -25,8 +25,8 @@ from PIL import Image
 from ..attribution import plain
 from ..errors import BackendUnavailable, InvalidImage, OutputError
 from ..executors.crew import processors
-from ..explainer import Explainer, Targets, _targets
-from ..images import Layout, Prepared, _readable, prepare
+from ..explainer import Explainer, Targets, resolve_targets
+from ..images import Layout, Prepared, prepare, readable
 from ..methods import Method, make_method
 from ..model import ModelSource
 from ..preprocess import Preprocess, PreprocessLike, resolve_preprocess
@@ -405,7 +405,7 @@ def _resolved(target: Targets, images: int, explainer: Explainer) -> int | np.nd
     """Classes by their numbers."""
     one = isinstance(target, str) or not np.iterable(target)
     classes = explainer.graph.classes
-    found = _targets(target, 1 if one else images, classes, explainer.class_names(classes))
+    found = resolve_targets(target, 1 if one else images, classes, explainer.class_names(classes))
     return int(found[0]) if found is not None and one else found
 
 
@@ -418,7 +418,7 @@ def _opened(item: Item, name: str) -> Path | Image.Image | np.ndarray:
     if item is None:
         raise InvalidImage(f"{name}: no picture")
     if isinstance(item, bytes):
-        with _readable(name):
+        with readable(name):
             return Image.open(BytesIO(item))
     return item
 
