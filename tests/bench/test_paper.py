@@ -374,6 +374,14 @@ def test_areas_by_the_trapezoid_rule() -> None:
     assert over.inner == pytest.approx(0.5) and over.whole == pytest.approx(1 - under.whole)
 
 
+def test_areas_of_images_that_are_classified_rightly_or_not() -> None:
+    curves = np.array([[True, True], [True, False], [True, False]])
+    ends = [np.array([True, True]), np.array([0.1, 0.1])]
+    area = roar.area(np.array([0.1, 0.5, 0.9]), curves, ends, over=False)
+    assert area.inner == pytest.approx([1, 0.25])
+    assert area.whole == pytest.approx([0.9 + 0.055, 0.1 + 0.2 + 0.005])
+
+
 def test_the_same_networks_are_trained_in_stacks_and_alone() -> None:
     experiment = roar.Roar(fractions=(0.1, 0.9), networks=2)
     alone = list(experiment._stacks(together=False))

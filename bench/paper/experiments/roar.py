@@ -234,9 +234,10 @@ class Roar(Experiment):
                 ylabel="test accuracy, %" if test == "ROAR" else "",
                 title=test,
                 marker="o",
-                legend=ax is axes[-1],
+                legend=False,
             )
             ax.axhline(100 * plain, color="0.6", linewidth=0.8, linestyle="--")
+        plots.shared_legend(figure, axes[0])
         return [plots.save(figure, folder, self.name)]
 
     @property
@@ -370,6 +371,7 @@ def area(
 
     `ends` are the values at 0 and at 1.
     """
+    curves = curves.astype(np.float64)  # right or wrong: of two booleans the sum is no number
     inner = np.trapezoid(curves, fractions, axis=0) / (fractions[-1] - fractions[0])
     padded = np.concatenate([ends[:1], curves, ends[1:]])
     whole = np.trapezoid(padded, np.concatenate([[0], fractions, [1]]), axis=0)
