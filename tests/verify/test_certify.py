@@ -41,7 +41,8 @@ def test_sound_networks(build: Callable[[], onnx.ModelProto]) -> None:
     assert found.holds
     assert failing(found) == set()
     assert found.images == "seeded noise"
-    assert {check.verdict for check in found.checks} == {"holds", "reported"}
+    everywhere = [check for check in found.checks if check.where != "cuda"]
+    assert {check.verdict for check in everywhere} == {"holds", "reported"}
 
 
 def test_counts(sound: Certificate) -> None:

@@ -239,7 +239,8 @@ def test_self_in_json_on_pictures(pictures: list[str]) -> None:
     found = json.loads(result.stdout)
     assert found["holds"] is True
     assert found["images"] == "2 images"
-    assert {check["verdict"] for check in found["checks"]} == {"holds", "reported"}
+    everywhere = [check for check in found["checks"] if check["where"] != "cuda"]
+    assert {check["verdict"] for check in everywhere} == {"holds", "reported"}
     assert [layer["value"] for layer in found["layers"]] == list(peer.RELUS)
 
 
