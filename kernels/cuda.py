@@ -413,13 +413,20 @@ def ratio(
 
 
 @_device
-def _window(origin, stride, extent):
-    """The window that begins at a padded coordinate, or −1."""
+def _along(origin, stride, extent):
+    """The window of one axis that begins at a padded coordinate, or −1."""
     if stride > 1:
         if origin % stride != 0:
             return -1
         origin //= stride
     return origin if 0 <= origin < extent else -1
+
+
+@_device
+def _window(y, x, sh, sw, s_height, s_width):
+    """The output whose window begins at a padded pixel, or −1."""
+    oy, ox = _along(y, sh, s_height), _along(x, sw, s_width)
+    return oy * s_width + ox if oy >= 0 and ox >= 0 else -1
 
 
 @_kernel
@@ -458,14 +465,11 @@ def transpose(
         y0, x0 = p // width + top, p % width + left
         total = np.float32(0)
         for i in range(kh):
-            oy = _window(y0 - i * dh, sh, s_height)
-            if oy < 0:
-                continue
             for j in range(kw):
-                ox = _window(x0 - j * dw, sw, s_width)
-                if ox < 0:
+                o = _window(y0 - i * dh, x0 - j * dw, sh, sw, s_height, s_width)
+                if o < 0:
                     continue
-                place = sample * s_pixels + oy * s_width + ox
+                place = sample * s_pixels + o
                 begin = place * s_channels
                 tap = w_base + (i * kw + j) * ins + inside
                 for k in range(begin, begin + counts[place]):
@@ -524,22 +528,17 @@ def max_pool(
     s_units = units // pixels * s_pixels
     for u in range(_first(), units, _step()):
         c, p = u // pixels, u % pixels
+        y, x = p // width, p % width
         plane = x_base + sample * units + c * pixels
         own, total = active[plane + p], np.float32(0)
         for i in range(kh):
-            oy = _window(p // width + top - i * dh, sh, s_height)
-            if oy < 0:
-                continue
             for j in range(kw):
-                ox = _window(p % width + left - j * dw, sw, s_width)
-                if ox < 0:
+                first = y - i * dh, x - j * dw
+                o = _window(first[0] + top, first[1] + left, sh, sw, s_height, s_width)
+                if o < 0 or own != active[y_base + sample * s_units + c * s_pixels + o]:
                     continue
-                o = c * s_pixels + oy * s_width + ox
-                if own != active[y_base + sample * s_units + o]:
-                    continue
-                first = oy * sh - top, ox * sw - left
                 if _is_first(active, plane, own, first, i, j, kw, dh, dw, height, width):
-                    total += arena[base + sample * stride + o]
+                    total += arena[base + sample * stride + c * s_pixels + o]
         _put(arena, to + sample * to_stride + u, total, adds)
 
 
@@ -580,16 +579,12 @@ def spread(
     sample, pixels, s_pixels = cuda.blockIdx.x, height * width, s_height * s_width
     for u in range(_first(), units, _step()):
         c, p = u // pixels, u % pixels
-        total = np.float32(0)
+        y0, x0, total = p // width + top, p % width + left, np.float32(0)
         for i in range(kh):
-            oy = _window(p // width + top - i * dh, sh, s_height)
-            if oy < 0:
-                continue
             for j in range(kw):
-                ox = _window(p % width + left - j * dw, sw, s_width)
-                if ox < 0:
+                o = _window(y0 - i * dh, x0 - j * dw, sh, sw, s_height, s_width)
+                if o < 0:
                     continue
-                o = oy * s_width + ox
                 r = arena[base + sample * stride + c * s_pixels + o]
                 if padded_height >= 0:
                     window = s_width, kh, kw, sh, sw, dh, dw

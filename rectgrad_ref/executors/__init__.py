@@ -99,22 +99,21 @@ def make_backend(
     if name == "cuda":
         return _cuda_backend(model, input, rebatch=rebatch, tf32=tf32)
     from .compiled import CompiledBackend
-    from .cpu import runs_as
 
     forward = OnnxruntimeForward(model, input, rebatch=rebatch, threads=threads)
     compiled = CompiledBackend(forward, threads)
-    return Backend(name, forward, compiled.runner, runs_as)
+    return Backend(name, forward, compiled.runner, compiled.runs_as)
 
 
 def _cuda_backend(model: Model, input: str, *, rebatch: bool, tf32: bool) -> Backend:
     from .device import Device, DeviceForward
 
     device = Device(tf32=tf32)
-    from .cuda import runs_as  # after what explains why they cannot be imported
-    from .launched import CudaBackend
+    from .launched import CudaBackend  # after what explains why it cannot be imported
 
     forward = DeviceForward(model, input, device, rebatch=rebatch)
-    return Backend("cuda", forward, CudaBackend(forward).runner, runs_as, device.free // 2)
+    launched = CudaBackend(forward)
+    return Backend("cuda", forward, launched.runner, launched.runs_as, device.free // 2)
 
 
 def _first_available(dtype: Any) -> str:

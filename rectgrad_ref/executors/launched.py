@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from threading import Lock
 from typing import Any
@@ -14,26 +14,24 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..graph import Node
 from ..kernels import cuda as k
-from ..plan import Plan, Step
-from ..reference import NOTHING, constants_as
-from ..rules.declared import Call, Values
-from .cpu import WeightStore, is_lowerable
+from ..plan import Plan
 from .cuda import (
     CLEARED,
     DTYPES,
+    Argument,
     HostStep,
     Item,
     Launch,
+    LaunchLowering,
     Product,
     Program,
-    Scalar,
     Shared,
     Sheet,
-    lower,
 )
 from .dense import axis_phases, exchanged, left_over
 from .device import Device, DeviceArray, DeviceForward, Place, Session
-from .runner import Observer, Runner, SeedOf, StepwiseRunner
+from .lowered import Chunk, LoweredBackend, LoweredRunner, Walk
+from .runner import Observer
 
 # Whether a walk is recorded as a CUDA graph when it is first repeated (to be measured).
 RECORD = False
@@ -118,130 +116,74 @@ class Memory:
     def __init__(self, device: Device) -> None:
         self.device, self.generation = device, 0
         self.arrays: dict[str, DeviceArray] = {}
-        self._weights: np.ndarray | None = None
 
-    def fit(self, program: Program, weights: np.ndarray) -> None:
+    def fit(self, program: Program) -> None:
         """Make room for the program, and bring its weights.
 
         Raises
         ------
         OutOfMemory
         """
-        if self._weights is not weights:
-            self._replace("weights", max(weights.size, 1))
-            if weights.size:
-                self.device.upload(weights, self.arrays["weights"])
-            self._weights = weights
         for name, size in program.sizes.items():
-            if name not in self.arrays or self.arrays[name].size < size:
-                self._replace(name, size)
+            if name in self.arrays and self.arrays[name].size >= size:
+                continue
+            self.generation += 1
+            self.arrays.pop(name, None)  # before there is another
+            self.arrays[name] = self.device.empty(size, DTYPES[name])
+            if name in CLEARED:
+                self.device.upload(np.zeros(size, DTYPES[name]), self.arrays[name])
+            elif name == "weights" and program.weights.size:  # more begin with those of before
+                self.device.upload(program.weights, self.arrays[name])
 
-    def _replace(self, name: str, size: int) -> None:
-        self.generation += 1
-        self.arrays.pop(name, None)  # before there is another
-        self.arrays[name] = self.device.empty(size, DTYPES[name])
-        if name in CLEARED:
-            self.device.upload(np.zeros(size, DTYPES[name]), self.arrays[name])
+    def place(self, offset: int, shape: tuple[int, ...]) -> Place:
+        """Where the forward pass shall leave an activation."""
+        return self.arrays["active"][offset : offset + prod(shape)], shape
 
 
-class CudaBackend:
+class CudaBackend(LoweredBackend[Program, Memory]):
     """Makes runners that share one model's weights and memory."""
 
     def __init__(self, forward: DeviceForward) -> None:
-        self.forward, self.device = forward, forward.device
-        self.weights, self.memory = WeightStore(), Memory(forward.device)
+        super().__init__(forward, LaunchLowering)
+        self.device, self.memory = forward.device, Memory(forward.device)
         self.products = Products(forward.device)
-        self.lock = Lock()
+        self._lock = Lock()
 
-    def runner(self, plan: Plan) -> Runner:
-        """Ready to run the plan; plans over other sample axes than 0 go step by step."""
-        if not is_lowerable(plan):
-            return StepwiseRunner(plan, self.forward)
+    def _runner(self, plan: Plan) -> CudaRunner:
         return CudaRunner(plan, self)
 
+    @contextmanager
+    def lent(self, program: Program) -> Iterator[Memory]:
+        with self._lock:  # one memory, one stream
+            self.memory.fit(program)
+            yield self.memory
 
-class CudaRunner:
+
+_Chunk = Chunk[Program, Memory]
+
+
+class CudaRunner(LoweredRunner[Program, Memory]):
     """One lowered plan."""
 
+    backend: CudaBackend
+
     def __init__(self, plan: Plan, backend: CudaBackend) -> None:
-        self.plan, self.backend = plan, backend
+        super().__init__(plan, backend)
         self._ready: dict[tuple[bool, bool], tuple[int, list[_Part]]] = {}
 
-    @cached_property
-    def lowered(self) -> Program:
-        """What runs."""
-        return lower(self.plan, self.backend.weights, trace=False)
+    def walk_back(self, chunk: _Chunk, seed: np.ndarray, observe: Observer | None) -> np.ndarray:
+        walk = _Walk(chunk)
+        walk.plant(seed)
+        for part in self._parts(chunk, observe is not None):
+            part(walk)
+        return walk.result(observe)
 
-    @cached_property
-    def traced(self) -> Program:
-        """What keeps the gradients at every activation."""
-        return lower(self.plan, self.backend.weights, trace=True)
-
-    @cached_property
-    def constants(self) -> Values:
-        """What steps of the reference read."""
-        graph = self.plan.graph
-        read = {v for step in self.plan.steps for v in step.reads} & graph.constants.keys()
-        return constants_as({v: graph.constants[v] for v in read}, np.dtype(np.float32))
-
-    def __call__(
-        self,
-        x: np.ndarray,
-        seed_of: SeedOf,
-        *,
-        baseline: np.ndarray | None = None,
-        observe: Observer | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        backend, graph, trace = self.backend, self.plan.graph, observe is not None
-        with backend.lock:  # one memory, one stream
-            program = self.traced if trace else self.lowered
-            backend.memory.fit(program, backend.weights.array)
-            layers = [s for s in self.plan.steps if s.node.name in self.plan.layers] * trace
-            names = (graph.logits, *program.exposes, *(s.node.outputs[0] for s in layers))
-            values = backend.forward(graph, x, names, self._places(program.active))
-            shared, there = False, NOTHING
-            if self.plan.contrasts:
-                assert baseline is not None
-                shared, there = self._contrast(program, baseline)
-            scores = values[graph.logits].reshape(len(x), -1)
-            walk = _Walk(program, backend.memory, {**self.constants, **values}, there)
-            walk.plant(seed_of(scores))
-            for part in self._parts(program, trace, shared):
-                part(walk)
-            for step in layers:
-                assert observe is not None
-                value = step.node.outputs[0]
-                R_out, R_in = walk.gradient(value), walk.leaving(step)
-                observe(step, values[value], R_out, R_in)
-            return scores, walk.gradient(graph.input)
-
-    def _places(self, offsets: dict[str, int], samples: int | None = None) -> dict[str, Place]:
-        """Where the forward pass shall leave each activation."""
-        places: dict[str, Place] = {}
-        for value, offset in offsets.items():
-            shape = self.plan.graph.shapes[value]
-            assert shape is not None
-            shape = shape if samples is None else (samples, *shape[1:])
-            array = self.backend.memory.arrays["active"][offset : offset + prod(shape)]
-            places[value] = (array, shape)
-        return places
-
-    def _contrast(self, program: Program, baseline: np.ndarray) -> tuple[bool, Values]:
-        """The values at the baseline: computed once where all samples have the same."""
-        graph, forward = self.plan.graph, self.backend.forward
-        shared = len(baseline) > 1 and forward.any_batch and bool((baseline == baseline[:1]).all())
-        baseline = baseline[:1] if shared else baseline
-        places = self._places(program.baseline, len(baseline))
-        found = forward(graph, baseline, program.exposes, places)
-        read = {v: np.broadcast_to(found[v], graph.shapes[v] or ()) for v in program.exposes}
-        return shared, {**self.constants, **read}
-
-    def _parts(self, program: Program, trace: bool, shared: bool) -> list[_Part]:
+    def _parts(self, chunk: _Chunk, trace: bool) -> list[_Part]:
         """What a call runs, ready to be run again as long as the memory is the same."""
-        memory, key = self.backend.memory, (trace, shared)
+        memory, key = chunk.memory, (trace, chunk.shares)
         generation, parts = self._ready.get(key, (-1, []))
         if generation != memory.generation:
-            parts = [self._part(items, shared) for items in _runs(program.items)]
+            parts = [self._part(items, chunk.shares) for items in _runs(chunk.program.items)]
             self._ready[key] = memory.generation, parts
         return parts
 
@@ -273,7 +215,7 @@ class _Launches:
     def __init__(
         self, device: Device, arrays: dict[str, DeviceArray], items: list[Item], shared: bool
     ) -> None:
-        def given(argument: Scalar | str | Shared) -> Any:
+        def given(argument: Argument) -> Any:
             if isinstance(argument, Shared):
                 return 0 if shared else argument.units
             return arrays[argument] if isinstance(argument, str) else argument
@@ -300,57 +242,35 @@ class _Launches:
 _Part = Callable[["_Walk"], None]
 
 
-class _Walk:
+class _Walk(Walk[Program, Memory]):
     """One walk back: its gradients in device memory."""
-
-    def __init__(self, program: Program, memory: Memory, values: Values, baseline: Values) -> None:
-        self.program, self.memory = program, memory
-        self.values, self.baseline = values, baseline
-        self.samples = program.plan.graph.batch
 
     def plant(self, seed: np.ndarray) -> None:
         """Put the gradient at the logits where it begins."""
-        self._write(self.program.sheets[self.program.plan.graph.logits], seed)
-
-    def gradient(self, value: str) -> np.ndarray:
-        """R of a value whose sheet is still its own, in the value's shape."""
-        return self._array(self.program.sheets[value], value)
-
-    def leaving(self, step: Step) -> np.ndarray:
-        """R_in of a traced activation."""
-        return self._array(self.program.leaving[step.node.name], step.node.inputs[0])
-
-    def _array(self, sheet: Sheet, value: str) -> np.ndarray:
-        shape = self.program.plan.graph.shapes[value]
-        assert shape is not None
-        rows = self._rows(sheet)[1][:, sheet.first : sheet.first + sheet.units]
-        return np.ascontiguousarray(rows).reshape(shape)
+        self._write(self.program.sheets[self.program.plan.graph.logits], seed, 0)
 
     def reference(self, item: HostStep) -> None:
         """A step that has no kernel, by its rule."""
-        step, sheets = item.step, self.program.sheets
-        node, shapes = step.node, self.program.plan.graph.shapes
-        R = tuple(
-            self.gradient(v) if v in sheets else np.zeros(shapes[v] or (), np.float32)
-            for v in node.outputs
-            if v
-        )
-        for position, (sheet, adds) in zip(step.positions, item.targets, strict=True):
-            call = Call(node, position, R, self.values, self.baseline, self.samples)
-            self._write(sheet, step.rule(call), adds)
+        for (sheet, adds), R in zip(item.targets, self.by_rule(item.step), strict=True):
+            self._write(sheet, R, adds)
+
+    def array(self, sheet: Sheet, shape: tuple[int, ...]) -> np.ndarray:
+        rows = self._rows(sheet)[1][:, sheet.first : sheet.first + sheet.units]
+        return np.ascontiguousarray(rows).reshape(shape)
 
     def _rows(self, sheet: Sheet) -> tuple[DeviceArray, np.ndarray]:
         """All of a sheet's storage, on the device and on the host."""
-        floats = _whole(self.memory.arrays["arena"], sheet, self.samples)
-        rows = self.memory.device.download(floats)
-        return floats, rows.reshape(self.samples, sheet.storage.stride)
+        memory, samples = self.chunk.memory, self.program.plan.graph.batch
+        floats = _whole(memory.arrays["arena"], sheet, samples)
+        return floats, memory.device.download(floats).reshape(samples, sheet.storage.stride)
 
-    def _write(self, sheet: Sheet, values: np.ndarray, adds: int = 0) -> None:
-        values = np.asarray(values, np.float32).reshape(self.samples, sheet.units)
-        floats = _whole(self.memory.arrays["arena"], sheet, self.samples)
+    def _write(self, sheet: Sheet, values: np.ndarray, adds: int) -> None:
+        memory, samples = self.chunk.memory, self.program.plan.graph.batch
+        values = np.asarray(values, np.float32).reshape(samples, sheet.units)
+        floats = _whole(memory.arrays["arena"], sheet, samples)
         if adds or not sheet.is_whole:
             floats, rows = self._rows(sheet)
             part = rows[:, sheet.first : sheet.first + sheet.units]
             part[...] = part + values if adds else values
             values = rows
-        self.memory.device.upload(values.ravel(), floats)
+        memory.device.upload(values.ravel(), floats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,6 +74,11 @@ class Memory:
     def fit(self, program: Program) -> None:
         """Make room for the activations that the program reads."""
         self.active = self._arrays.take("active", program.active_size, np.float32)
+
+    def place(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Where the forward pass shall write an activation, channels last."""
+        last = (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
+        return self.active[offset : offset + prod(shape)].reshape(last)
 
     def arenas(self, program: Program, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Arenas and marks of so many samples."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..forward import Forward
-from ..plan import Plan
+from ..plan import Plan, Step
 from ..reference import NOTHING, Observer, constants_as, walk
 from ..rules.declared import Values
 
@@ -39,14 +39,30 @@ class Runner(Protocol):
         ...
 
 
+def layers_of(plan: Plan) -> list[Step]:
+    """The steps of the activations on the path, which a trace shows."""
+    return [step for step in plan.steps if step.node.name in plan.layers]
+
+
+def constants_of(plan: Plan, dtype: np.dtype[Any]) -> Values:
+    """What the plan's rules read of the graph's constants."""
+    constants = plan.graph.constants
+    read = {v for step in plan.steps for v in step.reads} & constants.keys()
+    return constants_as({v: constants[v] for v in read}, dtype)
+
+
+def asked(plan: Plan, exposes: tuple[str, ...], observe: Observer | None) -> tuple[str, ...]:
+    """What the forward pass hands over: the logits, what rules read, and all that a trace shows."""
+    shown = layers_of(plan) if observe is not None else ()
+    return (plan.graph.logits, *exposes, *(step.node.outputs[0] for step in shown))
+
+
 class StepwiseRunner:
     """Any forward pass, and the reference's walk."""
 
     def __init__(self, plan: Plan, forward: Forward) -> None:
         self.plan, self.forward = plan, forward
-        graph = plan.graph
-        read = {v for step in plan.steps for v in step.reads} & graph.constants.keys()
-        self.constants = constants_as({v: graph.constants[v] for v in read}, forward.dtype)
+        self.constants = constants_of(plan, forward.dtype)
 
     def __call__(
         self,
@@ -57,10 +73,7 @@ class StepwiseRunner:
         observe: Observer | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         plan, graph = self.plan, self.plan.graph
-        names = (graph.logits, *plan.exposes)
-        if observe is not None:  # the trace shows every activation, also where no rule reads it
-            names += tuple(s.node.outputs[0] for s in plan.steps if s.node.name in plan.layers)
-        values = self.forward(graph, x, names)
+        values = self.forward(graph, x, asked(plan, plan.exposes, observe))
         there: Values = NOTHING
         if plan.contrasts:
             assert baseline is not None

@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, defs, helper, numpy_helper
 
 from rectgrad_ref.errors import InvalidModel, UnsupportedOperator
-from rectgrad_ref.executors.cpu import _HANDLERS as LOWERED
+from rectgrad_ref.executors.lowering import HANDLERS as LOWERED
 from rectgrad_ref.forward import NumpyForward, OnnxruntimeForward
 from rectgrad_ref.graph import _RANDOM as RANDOM
 from rectgrad_ref.graph import Graph, freeze

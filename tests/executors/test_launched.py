@@ -7,30 +7,37 @@ the compiled walk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 from cuda_device import MARKS, SIMULATED, cuda
-from test_compiled import IDENTITIES, METHODS, NETS, Net, Observed, check, plan_of, seed_of
+from walk_cases import (
+    IDENTITIES,
+    METHODS,
+    NETS,
+    Net,
+    OnNumpy,
+    both_sides,
+    check_every_step,
+    plan_of,
+    seed_of,
+    walked,
+)
 
 from rectgrad_ref import Explainer
 from rectgrad_ref.errors import OutOfMemory
 from rectgrad_ref.executors import cuda as lowering
 from rectgrad_ref.executors import device as devices
 from rectgrad_ref.executors import launched
-from rectgrad_ref.executors.cpu import NoWeights
-from rectgrad_ref.executors.cuda import HostStep, Launch, Product, lower, runs_as
+from rectgrad_ref.executors.cuda import HostStep, Launch, Product
 from rectgrad_ref.executors.device import Device, Place
 from rectgrad_ref.executors.launched import CudaBackend, CudaRunner
-from rectgrad_ref.forward import NumpyForward
-from rectgrad_ref.graph import Graph
 from rectgrad_ref.kernels import cuda as k
 from rectgrad_ref.methods import METHODS as ALL_METHODS
-from rectgrad_ref.methods import Method, make_method
+from rectgrad_ref.methods import make_method
+from rectgrad_ref.plan import Plan
 
 pytestmark = MARKS
 Array = np.ndarray
@@ -79,59 +86,21 @@ def new_device() -> Device:
     return Simulated() if SIMULATED else Device()
 
 
-class OnNumpy(NumpyForward):
-    """NumPy's forward pass in float32, which also leaves values on the device.
-
-    The first time it is asked for `values`, then for those at the `baseline`.
-    """
-
-    any_batch = False
+class OnDevice(OnNumpy):
+    """NumPy's forward pass, which leaves values on the device."""
 
     def __init__(self) -> None:
-        super().__init__(np.float32)
+        super().__init__()
         self.device = new_device()
-        self.values: dict[str, Array] = {}
-        self.baseline: dict[str, Array] = {}
 
-    def __call__(
-        self,
-        graph: Graph,
-        x: Array,
-        names: Sequence[str],
-        into: Mapping[str, Place] = MappingProxyType({}),
-    ) -> dict[str, Array]:
-        values = super().__call__(graph, x, (*names, *into))
-        (self.baseline if self.values else self.values).update(values)
-        for name, (array, shape) in into.items():
-            assert values[name].shape == tuple(shape)
-            self.device.upload(values[name].ravel(), array)
-        return {name: values[name] for name in names}
+    def leave(self, value: Array, place: Place) -> None:
+        array, shape = place
+        assert value.shape == tuple(shape)
+        self.device.upload(value.ravel(), array)
 
 
-class Walk(launched._Walk):
-    """A walk that remembers its seed."""
-
-    def plant(self, seed: Array) -> None:
-        self.seed = seed
-        super().plant(seed)
-
-
-@pytest.fixture
-def walks(monkeypatch: pytest.MonkeyPatch) -> list[Walk]:
-    """The walks of this test, whose sheets can be looked at afterwards where they were traced."""
-    kept: list[Walk] = []
-
-    class Kept(Walk):
-        def plant(self, seed: Array) -> None:
-            kept.append(self)
-            super().plant(seed)
-
-    monkeypatch.setattr(launched, "_Walk", Kept)
-    return kept
-
-
-def runner_of(plan: Any, forward: Any = None) -> CudaRunner:
-    runner = CudaBackend(forward or OnNumpy()).runner(plan)
+def runner_of(plan: Plan, forward: Any = None) -> CudaRunner:
+    runner = CudaBackend(forward or OnDevice()).runner(plan)
     assert isinstance(runner, CudaRunner)
     return runner
 
@@ -147,26 +116,16 @@ PAIRS = [
 
 @pytest.mark.parametrize(("net", "method"), PAIRS)
 def test_every_step(
-    net: str, method: str, walks: list[Walk], monkeypatch: pytest.MonkeyPatch
+    net: str, method: str, walks: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = METHODS[method]
     for density in (0.0, 1.0) if not SIMULATED else (float(len(net + method) % 2),):
         monkeypatch.setattr(lowering, "DENSITY", density)
         monkeypatch.setattr(lowering, "PART", 10**9 if density else 50)
-        walks.clear()
-        plan = plan_of(NETS[net], chosen, 2)
-        x = NETS[net].images(plan.graph.batch)
-        forward, observed = OnNumpy(), []
-        runner = runner_of(plan, forward)
-        baseline = chosen.reference_input(x)
-
-        def observe(*seen: Any, observed: list[Observed] = observed) -> None:
-            observed.append(Observed(*seen))
-
-        R = runner(x, seed_of, baseline=baseline, observe=observe)[1]
-        assert {o.step.node.name for o in observed} == plan.layers
-        check(walks[0], forward, observed)  # type: ignore[arg-type]
-        again = runner(x, seed_of, baseline=baseline)[1]
+        plan, forward = plan_of(NETS[net], chosen), OnDevice()
+        runner, x = runner_of(plan, forward), NETS[net].images(plan.graph.batch)
+        R = check_every_step(runner, forward, chosen, x, walks)
+        again = walked(runner, x, chosen)
         np.testing.assert_array_equal(again, R, "a trace changes the result")
 
 
@@ -188,20 +147,14 @@ SMALL = Net(
 IMAGES = SMALL.images(3, seed=5)
 
 
-def walk_back(plan: Any, x: Array, method: Method, forward: Any = None) -> Array:
-    runner = runner_of(plan, forward)
-    R: Array = runner(x, seed_of, baseline=method.reference_input(x))[1]
-    return R
-
-
 @pytest.mark.parametrize("name", ["q = 80", "deeplift"])
 def test_a_batch_does_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no dense product of onnxruntime takes part, which sums as it likes."""
     monkeypatch.setattr(lowering, "DENSITY", 1.0)
     method = METHODS[name]
-    together = walk_back(plan_of(SMALL, method, 3), IMAGES, method)
+    together = walked(runner_of(plan_of(SMALL, method, 3)), IMAGES, method)
     for i in range(3):
-        alone = walk_back(plan_of(SMALL, method, 1), IMAGES[i : i + 1], method)
+        alone = walked(runner_of(plan_of(SMALL, method, 1)), IMAGES[i : i + 1], method)
         np.testing.assert_array_equal(alone, together[i : i + 1])
 
 
@@ -210,11 +163,7 @@ def test_a_batch_does_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatc
 def test_identities(claim: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """SPEC section 5."""
     monkeypatch.setattr(lowering, "DENSITY", density)
-    sides = []
-    for options in IDENTITIES[claim]:
-        method = make_method(**options, padding_trick=True)
-        R = walk_back(plan_of(SMALL, method, 2), IMAGES[:2], method)
-        sides.append(method.finish(IMAGES[:2], R, np.arange(2)))
+    sides = both_sides(claim, SMALL, True, runner_of)
     assert np.any(sides[0])
     np.testing.assert_array_equal(*sides)
 
@@ -289,17 +238,18 @@ def test_a_trace_shows_every_layer() -> None:
         np.testing.assert_array_equal(layer.mask, expected[name].mask)
 
 
-def test_the_plan_says_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(method: str, **options: Any) -> dict[str, str]:
-        return runs_as(plan_of(NETS["other activations"], make_method(method, **options), 1))
-
-    selected, dense = rows("rectgrad", q=98.0), rows("saliency")
+def test_the_plan_says_what_runs_where() -> None:
+    backend = CudaBackend(OnDevice())  # type: ignore[arg-type]
+    methods = make_method("rectgrad", q=98.0), make_method("saliency")
+    selected, dense = (
+        backend.runs_as(plan_of(NETS["other activations"], method, 1)) for method in methods
+    )
     assert set(selected.values()) == {"cuda", "onnxruntime", "numpy"}
     assert dense.keys() == selected.keys()
-    plan = plan_of(SMALL, make_method("rectgrad", q=98.0), 1)
-    assert set(runs_as(plan).values()) == {"cuda"}
-    program = lower(plan, NoWeights(), trace=False)
-    assert not any(isinstance(item, Product | HostStep) for item in program.items)
+    plan = plan_of(SMALL, methods[0], 1)
+    assert set(backend.runs_as(plan).values()) == {"cuda"}
+    items = backend.lower(plan, trace=False).items
+    assert not any(isinstance(item, Product | HostStep) for item in items)
 
 
 # --- memory ---------------------------------------------------------------------------------------
