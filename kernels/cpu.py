@@ -16,6 +16,9 @@ how many nonzeros there are, and on nothing else.
 All threads of a team run the same code on the same sample. They share the pixels of an activation
 by ranges, and the result of a scatter by rows or by channels; so every float is summed by one
 thread, in one order, whatever the team's size.
+
+Rows that nobody has touched are never scored, so a score that is no number (∞ · 0, where an
+activation has overflowed) counts as 0; to the reference it is the largest.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from .team import total, wait
     RANK_LOW, RANK_HIGH, DENSE, COUNT_PAD, C_FIRST, C_LAST, PADDED_H, PADDED_W, STRICT, S_BASE,
     B_OFFSET, B_LENGTH, COLUMNS,
 ) = range(41)  # fmt: skip
-# Columns of the float table.
+# Columns of the float table. Activations that reach the ceiling have slope 0; NaN: there is none.
 FRACTION, TAU, EPS, CEILING, GUESS, FLOATS = range(6)
 
 # What an activation lets pass, from its output a and the gradient r that arrives.
@@ -106,7 +109,7 @@ def _parts(members):
 def _passing(mode, a, r, eps, ceiling):
     """Mask of the nonzero gradients of a vector that pass without a threshold."""
     zero = np.float32(0)
-    mask = simd.differs(r, zero) & simd.below(a, ceiling)
+    mask = simd.differs(r, zero) & simd.misses(a, ceiling)
     if mode == PASS_ACTIVE:
         return mask & simd.above(a, zero)
     if mode == PASS_POSITIVE:
@@ -144,7 +147,7 @@ def _emit_passing(
         end = _emit(c, r, mask, end, channels, values)
     for c in range(blocks, width):
         r, a = arena[row + c], active[where + c]
-        if r != 0 and a < ceiling and _passes(mode, a, r, eps):
+        if r != 0 and not a >= ceiling and _passes(mode, a, r, eps):
             channels[end] = c
             values[end] = r
             end += 1
@@ -161,7 +164,7 @@ def _keep_passing(arena, row, active, where, width, mode, eps, ceiling):
         simd.store(arena, row + c, simd.keep(r, mask))
     for c in range(blocks, width):
         a = active[where + c]
-        if not (a < ceiling and _passes(mode, a, arena[row + c], eps)):
+        if a >= ceiling or not _passes(mode, a, arena[row + c], eps):
             arena[row + c] = 0
 
 
@@ -174,7 +177,7 @@ def _count_passing(arena, row, active, where, width, mode, eps, ceiling):
         n += simd.lanes_in(_passing(mode, a, r, eps, ceiling))
     for c in range(blocks, width):
         r, a = arena[row + c], active[where + c]
-        n += r != 0 and a < ceiling and _passes(mode, a, r, eps)
+        n += r != 0 and not a >= ceiling and _passes(mode, a, r, eps)
     return n
 
 
@@ -371,7 +374,7 @@ def _filter(op, member, members, active, tau, ceiling, csr):
 @_kernel
 def _filter_part(op, first, last, active, tau, ceiling, csr):
     begins, ends, channels, values, scores = csr
-    read, read_stride, bounded = op[A_OFFSET], op[A_STRIDE], ceiling < np.inf
+    read, read_stride, bounded = op[A_OFFSET], op[A_STRIDE], ceiling == ceiling
     for p in range(first, last):
         at = np.uint64(begins[p])
         for i in range(at, np.uint64(ends[p])):
@@ -440,7 +443,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
         wait(barrier, members)
         bound = np.float32(shared[THRESHOLD])
     while True:
-        ceiling = np.float32(np.inf)
+        ceiling = np.float32(np.nan)
         _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr)
         wait(barrier, members)
         if member == 0:
@@ -491,7 +494,7 @@ def _scan_negative(op, member, members, arena, touched, active, mode, eps, ceili
             for c in range(width):
                 r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
                 a = active[op[A_OFFSET] + p * op[A_STRIDE] + c]
-                alive = a < ceiling and (a > 0 or not op[STRICT])
+                alive = not a >= ceiling and (a > 0 or not op[STRICT])
                 if r != 0 and alive and np.float64(_score(mode, a, r, eps)) > tau:
                     channels[end] = c
                     values[end] = r

@@ -276,7 +276,7 @@ def _selected(mode, a, r, eps, ceiling, strict, tau):
     """Whether a gradient passes."""
     if mode == EVERYTHING:
         return True
-    if a >= ceiling and ceiling < np.inf:
+    if a >= ceiling:
         return False
     if mode < PASS_AR or tau == 0:
         return _passes(mode, a, r, eps)

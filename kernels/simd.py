@@ -92,10 +92,12 @@ def _comparison(second: Any, predicate: str, ordered: bool = True) -> Any:
     return _binary(floats, second, types.uint64, build)
 
 
-# False where a lane is no number, but `differs`, which is true there.
+# False where a lane is no number.
 above, below = _comparison(types.float32, ">"), _comparison(types.float32, "<")
-differs = _comparison(types.float32, "!=", ordered=False)
 equals = _comparison(floats, "==")
+# True there; a lane `misses` a number that it does not reach, and what is none.
+misses = _comparison(types.float32, "<", ordered=False)
+differs = _comparison(types.float32, "!=", ordered=False)
 
 splat = _unary(types.float32, floats, lambda builder, x: _splat(builder, x, LANES))
 add = _binary(floats, floats, floats, lambda builder, a, b: builder.fadd(a, b))

@@ -187,7 +187,7 @@ class Condition:
     eps : float
         Of the score.
     ceiling : float
-        Activations that reach it have slope 0.
+        Activations that reach it have slope 0; NaN: there is none.
     strict : bool
         Whether dead units never pass.
     tau : float
@@ -200,7 +200,7 @@ class Condition:
 
     mode: int
     eps: float = 0.0
-    ceiling: float = np.inf
+    ceiling: float = np.nan
     strict: bool = False
     tau: float = 0.0
     ranks: tuple[int, int] = (0, 0)
@@ -581,7 +581,7 @@ def passing(step: Step, batch: int) -> Condition | None:
     """What the rule lets pass at a Relu or ReLU-N, or None if kernels cannot say it."""
     node, rule = step.node, step.rule
     is_relu = node.op == "Relu"
-    ceiling = np.inf if is_relu else _ceiling(node)
+    ceiling = np.nan if is_relu else _ceiling(node)
     if step.positions != (0,) or ceiling is None:
         return None
     if isinstance(rule, Gradient):
@@ -595,13 +595,13 @@ def passing(step: Step, batch: int) -> Condition | None:
 
 
 def _ceiling(node: Node) -> float | None:
-    """The upper bound of a Clip between 0 and a constant, or None."""
+    """The upper bound of a Clip between 0 and a constant, NaN where it has none; else None."""
     low, high = (*node.constants, None, None)[1:3]
     if low is None or low.size != 1 or low.item() != 0:
         return None
     if len(node.inputs) > 2 and node.inputs[2] and high is None:
         return None
-    return np.inf if high is None else float(high.item())
+    return np.nan if high is None else float(high.item())
 
 
 def _rectified(rule: Rectify, node: Node, batch: int, ceiling: float) -> Condition | None:
@@ -611,7 +611,7 @@ def _rectified(rule: Rectify, node: Node, batch: int, ceiling: float) -> Conditi
         return None
     if rule.score == "(a+eps)*r" and strict:
         return None
-    mode, eps, ceiling = _MODES[rule.score], rule.eps, ceiling if clips else np.inf
+    mode, eps, ceiling = _MODES[rule.score], rule.eps, ceiling if clips else np.nan
     if rule.tau is not None:
         return Condition(mode, eps, ceiling, strict, rule.tau)
     units = prod(node.output_shapes[0]) // batch

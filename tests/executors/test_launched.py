@@ -250,6 +250,9 @@ def test_the_plan_says_what_runs_where() -> None:
     assert set(backend.runs_as(plan).values()) == {"cuda"}
     items = backend.lower(plan, trace=False).items
     assert not any(isinstance(item, Product | HostStep) for item in items)
+    residual = plan_of(NETS["residual, batch norm"], methods[0])
+    taken, traced = (backend.lower(residual, trace=trace).runs_as for trace in (False, True))
+    assert taken == traced, "a trace takes another way"
 
 
 # --- memory ---------------------------------------------------------------------------------------

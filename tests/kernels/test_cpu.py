@@ -461,7 +461,7 @@ def passed(
     target = bench.sheet(R.shape)
     given_columns = {k.MODE: mode, k.A_STRIDE: len(a), k.A_OFFSET: 3, k.DENSE: dense, **columns}
     rows = (
-        (k.ACTIVATE, source.source | given_columns, {k.CEILING: np.inf, **numbers}),
+        (k.ACTIVATE, source.source | given_columns, {k.CEILING: np.nan, **numbers}),
         (k.STORE, source.source | target.target, {}),
     )
     active = np.concatenate([np.full(3, np.nan, np.float32), last(a.astype(np.float32))])
@@ -538,7 +538,7 @@ def test_fixed_thresholds(
 
 @pytest.mark.parametrize("tau", [-np.inf, -0.5, 0.0, 0.5, np.nan])
 @pytest.mark.parametrize("mode", [k.PASS_AR, k.PASS_ABS_AR])
-@pytest.mark.parametrize("ceiling", [1.0, np.inf])
+@pytest.mark.parametrize("ceiling", [1.0, np.nan])
 @pytest.mark.parametrize("strict", [False, True])
 def test_dead_and_saturated_units(strict: bool, ceiling: float, mode: int, tau: float) -> None:
     """[a > 0] where STRICT, and [a < ceiling]; the threshold is taken before."""
@@ -546,7 +546,7 @@ def test_dead_and_saturated_units(strict: bool, ceiling: float, mode: int, tau: 
     a, R = np.clip(normal(rng, 8, 6, 6), 0, 1), normal(rng, 8, 6, 6)
     columns, numbers = rank_columns(a.size, 30.0, "tf_nearest")
     rule = Rectify(score=SCORES[mode], q=30.0, tau=None if np.isnan(tau) else tau)
-    mask = rule.select(a[None], R[None], 1)[0][0] & (a < ceiling)
+    mask = rule.select(a[None], R[None], 1)[0][0] & ~(a >= ceiling)
     if strict:
         mask &= a > 0
     numbers |= {k.TAU: tau, k.CEILING: ceiling}
@@ -577,7 +577,7 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("ceiling", [1.0, np.inf])
+@pytest.mark.parametrize("ceiling", [1.0, np.nan])
 @pytest.mark.parametrize("mode", PASSING)
 @settings(quick, max_examples=15)
 @given(
@@ -599,7 +599,17 @@ def test_what_passes_without_a_threshold(
     a, R = (array.astype(np.float32) for array in KINDS[kind](rng, shape))
     numbers = {k.CEILING: ceiling}
     found, _ = passed(mode, a, R, {}, numbers, members=members, around=(1, 2), dense=dense)
-    np.testing.assert_array_equal(found, np.where(PASSING[mode](a, R) & (a < ceiling), R, 0))
+    np.testing.assert_array_equal(found, np.where(PASSING[mode](a, R) & ~(a >= ceiling), R, 0))
+
+
+@pytest.mark.parametrize("dense", [0, NEVER])
+@pytest.mark.parametrize("mode", PASSING)
+def test_without_a_ceiling_infinite_activations_pass(mode: int, dense: int) -> None:
+    rng = np.random.default_rng(5)
+    a, R = normal(rng, 24, 6, 6), normal(rng, 24, 6, 6)
+    a[rng.random(a.shape) < 0.1] = np.inf
+    found, _ = passed(mode, a, R, {}, {}, dense=dense)
+    np.testing.assert_array_equal(found, np.where(PASSING[mode](a, R), R, 0))
 
 
 @settings(quick, max_examples=60)

@@ -21,6 +21,7 @@ def comparisons(x, at, bound):  # type: ignore[no-untyped-def]
     return (
         simd.above(lanes, bound),
         simd.below(lanes, bound),
+        simd.misses(lanes, bound),
         simd.differs(lanes, bound),
         simd.equals(lanes, other),
     )
@@ -61,12 +62,13 @@ def x() -> np.ndarray:
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
-@pytest.mark.parametrize("bound", [np.float32(v) for v in (-1.5, 0.0, 1.0, np.inf)])
+@pytest.mark.parametrize("bound", [np.float32(v) for v in (-1.5, 0.0, 1.0, np.inf, np.nan)])
 def test_comparisons(x: np.ndarray, at: int, bound: np.float32) -> None:
     lanes = x[at : at + LANES]
-    above, below, differs, equals = comparisons(x, at, bound)
+    above, below, misses, differs, equals = comparisons(x, at, bound)
     assert above == word(lanes > bound)
     assert below == word(lanes < bound)
+    assert misses == word(~(lanes >= bound))
     assert differs == word(lanes != bound)
     assert equals == word(lanes == bound)
 
