@@ -93,7 +93,7 @@ class SideBySide(Experiment):
 def _sharper(values: Mapping[str, np.ndarray], ours: str, others: Sequence[str]) -> Claim:
     pairs = compare(values[ours], {name: values[name] for name in others})
     return Claim(
-        f"{ours} is more concentrated than {' and '.join(others)}",
+        f"{ours} is more concentrated than {', '.join(others)}",
         all(pair.higher for pair in pairs.values()),
         f"by the fraction of Σ|map| on 5 % of the pixels, {higher_than(ours, pairs)}",
     )
