@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from threading import Lock
 
@@ -31,12 +31,14 @@ from .cpu import (
     mark,
 )
 from .crew import Crew, at_fork, processors
-from .dense import DenseTransposes, channels_of, parts_of
+from .dense import DenseTransposes, parts_of
 from .memory import Memory
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
 
 # Memories that wait for the next call; more are made where more calls run at once.
 _KEPT = 2
+# Activations below which a walk back takes no longer than waking another thread.
+_WAKING = 2**19
 # Floats of one thread's arenas, so that they stay in its cache; but so many samples at least.
 _ARENAS, _SAMPLES = 2**19, 4
 
@@ -132,7 +134,9 @@ class CompiledRunner:
             here = {**self.constants, **values}
             chunk = _Chunk(program, table, weights, self.backend, memory, here, there)
             seed = seed_of(scores)
-            with Crew(self.backend.threads) as crew:
+            # Waking a thread takes as long as a walk back through a small network.
+            small = program.active_size < _WAKING
+            with Crew(1 if small else self.backend.threads) as crew:
                 if observe is None and not program.by_rule and len(x) >= crew.size:
                     return scores, chunk.in_turns(seed, crew)
                 walk = chunk.together(seed, crew)
@@ -328,9 +332,9 @@ class _Team:
         R = image_of(sheets[node.outputs[0]], *walk.sheets, samples)
         if isinstance(step.rule, ConvTranspose) and step.rule.mask_border:
             R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
-        result = self.chunk.backend.dense(node, R, member, parts)
-        channels = slice(*channels_of(node, member, parts))
-        add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, channels)
+        transpose = self.chunk.backend.dense(node, member, parts)
+        result = transpose(R, partial(self.scratch.room, member))
+        add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, transpose.channels)
 
     def _advance(self, walk: _Walk, samples: np.ndarray, member: int, members: int) -> None:
         chunk, scratch = self.chunk, self.scratch
