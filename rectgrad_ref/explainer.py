@@ -14,7 +14,7 @@ import onnx
 
 from . import analysis
 from .attribution import Attribution, Layer
-from .errors import InvalidModel, InvalidTarget, OutOfMemory, RectGradWarning
+from .errors import InvalidImage, InvalidModel, InvalidTarget, OutOfMemory, RectGradWarning
 from .executors import Backend, Runner, make_backend
 from .graph import Graph, InputSpec, freeze, input_spec, output_name
 from .images import Layout, infer_layout, prepare
@@ -22,7 +22,7 @@ from .labels import class_names
 from .methods import METHODS, Method, make_method
 from .model import Model, ModelSource, read_model
 from .plan import Plan, Step, make_plan
-from .preprocess import PreprocessLike
+from .preprocess import PreprocessLike, resolve_preprocess
 from .reference import Observer
 from .rules.declared import Rectify
 
@@ -40,6 +40,7 @@ class _Prepared:
     plan: Plan
     runner: Runner
     notes: tuple[str, ...]
+    chunk: int
 
 
 class Explainer:
@@ -102,6 +103,7 @@ class Explainer:
         self._batch_size = batch_size
         self._graphs: dict[tuple[int, ...], Graph] = {}
         self._plans: dict[tuple[tuple[int, ...], Method], _Prepared] = {}
+        self._class_names: dict[int, tuple[str, ...] | None] = {}
         fixed = self.input.shape[0]
         self._batchable = self._proves_samples()
         if not self._batchable and fixed not in (None, 1):
@@ -179,7 +181,7 @@ class Explainer:
             self.input.shape,
             self.input.dtype,
             layout=self._layout,
-            preprocess=self._preprocess if preprocess is None else preprocess,
+            preprocess=self._known_preprocess if preprocess is None else preprocess,
             metadata=self.model.metadata,
             model_path=self.model.path,
         )
@@ -259,16 +261,29 @@ class Explainer:
 
     def class_names(self, count: int) -> tuple[str, ...] | None:
         """Class names from the label file or the model's metadata."""
-        return class_names(count, self._labels, metadata=self.model.metadata)
+        if count not in self._class_names:
+            names = class_names(count, self._labels, metadata=self.model.metadata)
+            self._class_names[count] = names
+        return self._class_names[count]
 
-    def chunk(self, prepared: _Prepared) -> int:
+    @cached_property
+    def _known_preprocess(self) -> PreprocessLike | None:
+        """Found once, as it may lie in files; what is unknown or wrong matters only to pictures."""
+        try:
+            return resolve_preprocess(
+                self._preprocess, metadata=self.model.metadata, model_path=self.model.path
+            )
+        except InvalidImage:
+            return self._preprocess
+
+    def _chunk(self, plan: Plan) -> int:
         """Samples per forward pass."""
         if not self._batchable:
             return 1
         if self._batch_size is not None:
             return self._batch_size
-        graph = prepared.graph
-        shapes = (graph.shapes[v] for v in prepared.plan.exposes)
+        graph = plan.graph
+        shapes = (graph.shapes[v] for v in plan.exposes)
         units = sum(int(np.prod(shape)) for shape in shapes if shape is not None) / graph.batch
         bytes_per_sample = units * self.backend.forward.dtype.itemsize * 4
         return max(1, int(self.backend.chunk_bytes / max(bytes_per_sample, 1)))
@@ -279,8 +294,13 @@ class Explainer:
             graph = self._graph(shape)
             straight_through = method.quantization == "straight_through"
             plan = make_plan(graph, method.rules(graph), straight_through=straight_through)
-            runner, notes = self.backend.runner(plan), tuple(method.notes(graph))
-            self._plans[key] = _Prepared(graph, plan, runner, notes)
+            self._plans[key] = _Prepared(
+                graph,
+                plan,
+                runner=self.backend.runner(plan),
+                notes=tuple(method.notes(graph)),
+                chunk=self._chunk(plan),
+            )
         return self._plans[key]
 
     def _graph(self, shape: tuple[int, ...]) -> Graph:
@@ -316,7 +336,7 @@ class _Run:
         self.baseline = method.reference_input(x)
         first = self._prepared(1)
         self.head = first.graph.head
-        self.chunk = explainer.chunk(first)
+        self.chunk = first.chunk
         self.notes = self._prepared(min(self.chunk, max(len(x), 1))).notes
         self.names = explainer.class_names(first.graph.classes)
         if method.whole_batch and len(x) > self.chunk and method.walks_once:
@@ -352,7 +372,9 @@ class _Run:
         """Σ values − (S(x) − S(x₀))."""
         if self.baseline is None:
             return None
-        there = self._scores(self.baseline)
+        same = (self.baseline == self.baseline[:1]).all()
+        there = self._scores(self.baseline[:1] if same else self.baseline)
+        there = np.broadcast_to(there, self.logits.shape)
         rows = np.arange(len(self.x))
         difference = self.logits[rows, self.target] - there[rows, self.target]
         return np.asarray(values.reshape(len(self.x), -1).sum(axis=1) - difference)

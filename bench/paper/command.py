@@ -106,12 +106,21 @@ def _experiment(cls: type[Experiment], quick: bool, settings: list[str]) -> Expe
             raise typer.BadParameter(
                 f"{cls.name} has no setting {key!r}; it has {', '.join(known)}"
             )
-        values[key] = _parsed(value, known[key])
-    return cls(**values)
+        values[key] = _parsed(key, value, known[key])
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise typer.BadParameter(f"{cls.name}: {error}") from None
 
 
-def _parsed(text: str, default: Any) -> Any:
+def _parsed(key: str, text: str, default: Any) -> Any:
     """`text` in the type of a setting's default; tuples by commas."""
-    if isinstance(default, tuple):
-        return tuple(type(default[0])(part) for part in text.split(","))
-    return type(default)(text)
+    several = isinstance(default, tuple)
+    of = type(default[0] if several else default)
+    try:
+        values = tuple(of(part) for part in (text.split(",") if several else [text]))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{key}={text}: a value of type {of.__name__} is expected"
+        ) from None
+    return values if several else values[0]

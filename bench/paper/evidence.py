@@ -96,14 +96,14 @@ class Comparison:
         return sum((wins > 0.5) == (self.wins > 0.5) for wins in self.network_wins)
 
 
-def compare(ours: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
+def compare(ours: np.ndarray, others: Mapping[str, np.ndarray | float]) -> dict[str, Comparison]:
     """Compare one method with each of the others, image by image.
 
     Parameters
     ----------
     ours : numpy.ndarray, shape (N,) or (networks, N)
         Of several networks each image's mean is tested.
-    others : mapping of str to numpy.ndarray, of the same shape
+    others : mapping of str to numpy.ndarray, of the same shape, or to a number
     """
     differences = {name: np.atleast_2d(ours - other) for name, other in others.items()}
     raw = {name: _signed_rank(d.mean(axis=0)) for name, d in differences.items()}
@@ -165,8 +165,17 @@ def p_value(p: float) -> str:
 
 def lower_than(ours: str, pairs: Mapping[str, Comparison]) -> str:
     """On how many images ours is lower than each other method, as one sentence."""
-    wins = ", ".join(f"{name} on {pair.wins:.0%}" for name, pair in pairs.items())
-    return f"{ours} is lower than {wins} of the images; {least_sure(pairs)}"
+    return _than(f"{ours} is lower", {name: pair.wins for name, pair in pairs.items()}, pairs)
+
+
+def higher_than(ours: str, pairs: Mapping[str, Comparison]) -> str:
+    """The same of higher."""
+    return _than(f"{ours} is higher", {name: 1 - pair.wins for name, pair in pairs.items()}, pairs)
+
+
+def _than(ours: str, wins: Mapping[str, float], pairs: Mapping[str, Comparison]) -> str:
+    counts = ", ".join(f"{name} on {share:.0%}" for name, share in wins.items())
+    return f"{ours} than {counts} of the images; {least_sure(pairs)}"
 
 
 def least_sure(pairs: Mapping[str, Comparison], repeats: str = "networks") -> str:
@@ -199,3 +208,14 @@ def distribution_table(
     if any(sample.ndim > 1 and len(sample) > 1 for sample in values.values()):
         note += " Quartiles are means over networks, ± their standard deviation."
     return Table([*head, "paper's median, about"] if paper else head, rows, note.strip())
+
+
+def medians_table(
+    columns: Sequence[str], values: Mapping[str, Sequence[np.ndarray]], note: str
+) -> Table:
+    """Medians over all images and repetitions: one row a method, one column an array."""
+    rows = [
+        [method, *(f"{np.median(sample):.2f}" for sample in samples)]
+        for method, samples in values.items()
+    ]
+    return Table(["method", *columns], rows, note)

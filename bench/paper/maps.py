@@ -87,7 +87,7 @@ def measured(maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def shown(maps: Mapping[str, np.ndarray], *, sparse: bool) -> dict[str, np.ndarray]:
-    """The maps of figures 5, 15 and 16: capped at 0.5 and 99.5 %, others' sparse if asked for."""
+    """The maps of figures 1, 4, 5, 15, 16: capped at 0.5 and 99.5 %, or others' sparse."""
     return {
         name: cap(heatmap, 95 if sparse and name not in OURS else 0.5, 99.5)
         for name, heatmap in maps.items()

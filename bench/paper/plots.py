@@ -1,11 +1,10 @@
-"""Plots of numbers in one style: box plots, curves."""
+"""Plots of numbers in one style: box plots, curves, points."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +15,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, OTHER, PAPER = "#b2182b", "#4d4d4d", "#2166ac"
-_CURVES = ("#b2182b", "#2166ac", "#1b7837", "#e08214", "#762a83", "#8c510a", "#01665e", "#4d4d4d")
+_COLOURS = {
+    "RectGrad": "#b2182b",
+    "Saliency": "#2166ac",
+    "Guided BP": "#e08214",
+    "SmoothGrad": "#762a83",
+    "Gradient × input": "#8c510a",
+    "IntegGrad": "#dd1c77",
+    "DeepLIFT": "#1b7837",
+    "Random": "#878787",
+}
+_RELATIVES = {
+    "RectGrad PRR": "RectGrad",
+    "ε-LRP": "Gradient × input",
+    "Deconvolution": "Guided BP",
+}
 _SIZE = 8
 
 
@@ -30,6 +43,18 @@ def figure(columns: int = 1, height: float = 2.6, width: float = 3.5) -> tuple[F
         ax.tick_params(labelsize=_SIZE)
         ax.spines[["top", "right"]].set_visible(False)
     return made, axes
+
+
+def style(name: str, others: Sequence[str] = ()) -> tuple[str, str]:
+    """Dashes and colour: a method has its own in all plots, other names by their position.
+
+    Dashed are relatives of a method, and its variants, whose names go on after a comma.
+    """
+    plain = name.partition(", ")[0]
+    if plain in _RELATIVES or plain in _COLOURS:
+        dashes = "-" if name in _COLOURS else "--"
+        return dashes, _COLOURS[_RELATIVES.get(plain, plain)]
+    return "-", list(_COLOURS.values())[list(others).index(name)]
 
 
 def boxes(
@@ -68,9 +93,7 @@ def boxes(
         known = [i + 1 for i, name in enumerate(names) if name in paper]
         marks = [paper[names[i - 1]] for i in known]
         ax.plot(marks, known, "D", color=PAPER, markersize=4, label="paper's median", zorder=3)
-    handles, labels = ax.get_legend_handles_labels()
-    if named := dict(zip(labels, handles, strict=True)):
-        ax.legend(named.values(), named.keys(), fontsize=_SIZE - 1, frameon=False)
+    _legend(ax)
     ax.set_yticks(range(1, len(names) + 1), names)
     ax.invert_yaxis()
     ax.set_xlabel(label, size=_SIZE)
@@ -88,17 +111,10 @@ def curves(
     spread: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     marker: str = "",
     legend: bool = True,
-    order: Sequence[str] = (),
 ) -> None:
-    """One line a name; `spread` shades the space between two others.
-
-    Names have their styles by `order`, where several plots show different ones of them.
-    """
-    styles = dict(
-        zip(order or lines, itertools.product(("-", "--"), _CURVES), strict=False),
-    )
+    """One line a name; `spread` shades the space between two others."""
     for name, y in lines.items():
-        dashes, colour = styles[name]
+        dashes, colour = style(name, list(lines))
         (line,) = ax.plot(x, y, dashes, color=colour, label=name, linewidth=1.4)
         line.set(marker=marker, markersize=3)
         if spread and name in spread:
@@ -107,7 +123,33 @@ def curves(
     ax.set_ylabel(ylabel, size=_SIZE)
     ax.set_title(title, size=_SIZE + 1)
     if legend:
-        ax.legend(fontsize=_SIZE - 1, frameon=False)
+        _legend(ax)
+
+
+def points(
+    ax: Axes,
+    values: Mapping[str, tuple[float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> None:
+    """One point (x, y) a name, for a legend beside the axes."""
+    for name, (x, y) in values.items():
+        ax.plot(x, y, "o", color=style(name, list(values))[1], label=name, markersize=5)
+    ax.set_xlabel(xlabel, size=_SIZE)
+    ax.set_ylabel(ylabel, size=_SIZE)
+    ax.set_title(title, size=_SIZE + 1)
+
+
+def reference(ax: Axes, label: str, *, x: float | None = None, y: float | None = None) -> None:
+    """A dashed line to compare with, named in the legend."""
+    dashed: dict[str, Any] = {"color": "0.6", "linewidth": 0.8, "linestyle": "--", "label": label}
+    if x is not None:
+        ax.axvline(x, **dashed)
+    if y is not None:
+        ax.axhline(y, **dashed)
+    _legend(ax)
 
 
 def shared_legend(made: Figure, ax: Axes) -> None:
@@ -120,3 +162,10 @@ def save(made: Figure, folder: Path, name: str) -> str:
     """Write a plot as PNG; its file name."""
     picture.save(made, folder / f"{name}.png")
     return f"{name}.png"
+
+
+def _legend(ax: Axes) -> None:
+    """Of whatever has a label, each label once."""
+    handles, labels = ax.get_legend_handles_labels()
+    if named := dict(zip(labels, handles, strict=True)):
+        ax.legend(named.values(), named.keys(), fontsize=_SIZE - 1, frameon=False)

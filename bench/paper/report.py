@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rectgrad_ref.files import atomic_write
 from .evidence import SIGNIFICANT
 from .runner import Experiment
 
+_COLUMNS = ("claims that hold", "verdict", "what was run")
 _METHOD = """\
 This file is written by `python -m bench.{suite.name} report` from the JSON files in `{results}`,
 which `python -m bench.{suite.name} all` writes; no number is typed by hand. A claim holds here if
@@ -31,38 +32,54 @@ class Suite:
 
     Attributes
     ----------
-    name
-        Of the package in `bench`.
     folder
-        Of RESULTS.md and `results`.
+        Of the package in `bench`, with RESULTS.md and `results`.
     title, introduction
         At the head of RESULTS.md.
     origin, claimant
         What `Experiment.figures` and `Experiment.paper` are: the head of a column, and who says so.
+    members
+        In the order of the report.
+    critics
+        The suite in `bench` that speaks against it; its summary is printed below one's own.
     """
 
-    name: str
     folder: Path
     title: str
     introduction: str
     origin: str
     claimant: str
-    experiments: Mapping[str, type[Experiment]]
+    members: Sequence[type[Experiment]]
+    critics: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def experiments(self) -> dict[str, type[Experiment]]:
+        """The members by name."""
+        return {cls.name: cls for cls in self.members}
 
 
 def write(suite: Suite, results: Path, destination: Path) -> None:
     """Write the comparison of every experiment whose JSON file is in `results`."""
     paths = {name: results / f"{name}.json" for name in suite.experiments}
-    records = [json.loads(path.read_text("utf-8")) for path in paths.values() if path.exists()]
+    records = _records(paths.values())
     missing = [cls for name, cls in suite.experiments.items() if not paths[name].exists()]
     folder = results.relative_to(destination.parent).as_posix()
+    rows = [
+        *_rows(records),
+        *([cls.title, cls.figures, "–", "not run yet", "–"] for cls in missing),
+    ]
     lines = [
         f"# {suite.title}",
         "",
         suite.introduction,
         "",
         _METHOD.format(suite=suite, results=folder, significant=SIGNIFICANT),
-        *_summary(suite, records, missing),
+        *_table(["experiment", suite.origin, *_COLUMNS], rows),
+        *_critics(suite, destination.parent.parent),
     ]
     for record in records:
         lines += _section(suite, record, folder)
@@ -70,12 +87,15 @@ def write(suite: Suite, results: Path, destination: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def _summary(
-    suite: Suite, records: Sequence[dict[str, Any]], missing: Sequence[type[Experiment]]
-) -> Iterator[str]:
-    rows = [
+def _records(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+
+
+def _rows(records: Sequence[dict[str, Any]], file: str = "") -> list[list[str]]:
+    """One of the summary for every experiment; `file` has its section."""
+    return [
         [
-            f"[{record['title']}](#{_anchor(_heading(record))})",
+            f"[{record['title']}]({file}#{_anchor(_heading(record))})",
             record["figures"],
             _count(record["claims"]),
             f"**{record['verdict']}**",
@@ -83,9 +103,19 @@ def _summary(
         ]
         for record in records
     ]
-    rows += [[cls.title, cls.figures, "–", "not run yet", "–"] for cls in missing]
-    head = ["experiment", suite.origin, "claims that hold", "verdict", "what was run"]
-    yield from _table(head, rows)
+
+
+def _critics(suite: Suite, root: Path) -> Iterator[str]:
+    """The summary of the other suite, where there are results of it next to these."""
+    records = _records(sorted(root.joinpath(suite.critics, "results").glob("*.json")))
+    if suite.critics and records:
+        file = f"../{suite.critics}/RESULTS.md"
+        yield (
+            f"Next to it, what [bench/{suite.critics}]({file}) found. A claim there is the "
+            "critics'; where it is reproduced, the method fails the check."
+        )
+        yield ""
+        yield from _table(["check", "in the literature", *_COLUMNS], _rows(records, file))
 
 
 def _section(suite: Suite, record: dict[str, Any], folder: str) -> Iterator[str]:

@@ -157,7 +157,7 @@ class Sources:
         """The CIFAR-10 network of a seed, ready to explain."""
         path = self.network_file(seed, occluded=occluded)
         if path not in self._explainers:
-            self._explainers[path] = Explainer(path, backend=self.backend)
+            self._explainers[path] = Explainer(path, backend=self.backend, preprocess="cifar10")
         return self._explainers[path]
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from .cpu import (
     mark,
 )
 from .crew import Crew, processors
-from .dense import DenseTransposes, channels_of, parts_of
+from .dense import DenseTransposes, parts_of
 from .lowered import Chunk, LoweredBackend, LoweredRunner, Walk
 from .lowering import masks_border
 from .memory import Memory
@@ -32,6 +33,8 @@ from .runner import Observer
 
 # Memories that wait for the next call; more are made where more calls run at once.
 _KEPT = 2
+# Activations below which a walk back takes no longer than waking another thread.
+_WAKING = 2**19
 # Floats of one thread's arenas, so that they stay in its cache; but so many samples at least.
 _ARENAS, _SAMPLES = 2**19, 4
 
@@ -67,7 +70,9 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
     backend: CompiledBackend
 
     def walk_back(self, chunk: _Chunk, seed: np.ndarray, observe: Observer | None) -> np.ndarray:
-        with Crew(self.backend.threads) as crew:
+        # Waking a thread takes as long as a walk back through a small network.
+        small = chunk.program.active_size < _WAKING
+        with Crew(1 if small else self.backend.threads) as crew:
             if observe is None and not chunk.program.by_rule and len(seed) >= crew.size:
                 return self._in_turns(chunk, seed, crew)
             arenas = chunk.memory.arenas(chunk.program, len(seed))
@@ -208,9 +213,9 @@ class _Team:
         R = image_of(sheets[node.outputs[0]], *walk.sheets, samples)
         if masks_border(step):
             R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
-        result = walk.dense(node, R, member, parts)
-        channels = slice(*channels_of(node, member, parts))
-        add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, channels)
+        transpose = walk.dense(node, member, parts)
+        result = transpose(R, partial(self.scratch.room, member))
+        add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, transpose.channels)
 
     def _advance(self, walk: _Walk, samples: np.ndarray, member: int, members: int) -> None:
         chunk, scratch = self.chunk, self.scratch

@@ -29,7 +29,7 @@ class Crew:
     _workers = 0
 
     def __init__(self, size: int) -> None:
-        self._owns = Crew._lock.acquire(blocking=False)
+        self._owns = size > 1 and Crew._lock.acquire(blocking=False)
         self.size = size if self._owns else 1
 
     def __enter__(self) -> Crew:

@@ -14,7 +14,9 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from math import prod
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -42,37 +44,16 @@ class DenseTransposes:
     _building = Lock()
 
     def __init__(self) -> None:
-        self._sessions: dict[tuple[str, int, int], Any] = {}
+        self._built: dict[tuple[str, int, int], DenseTranspose] = {}
 
-    def __call__(self, node: Node, R: np.ndarray, part: int, parts: int) -> np.ndarray:
-        """The gradient at a Conv's input, one of `parts` shares of its channels.
-
-        Parameters
-        ----------
-        R : numpy.ndarray of float32, shape (n, H_out, W_out, C_out)
-
-        Returns
-        -------
-        numpy.ndarray of float32, shape (n, H_in, W_in, C), channels as `channels` says
-        """
-        session = self._session(node, part, parts)
-        results = session.run(None, {"R": np.ascontiguousarray(R)})
-        first, last = channels_of(node, part, parts)
-        phases = _phases(node, last - first)
-        if phases is None or all(s == 1 for s in node["strides"]):
-            return np.asarray(results[0])
-        whole = np.zeros((len(R), *node.input_shapes[0][2:], last - first), np.float32)
-        rows, columns = node["strides"]
-        for (y, x), result in zip(phases, results, strict=True):
-            whole[:, y.first :: rows, x.first :: columns] = result
-        return whole
-
-    def _session(self, node: Node, part: int, parts: int) -> Any:
+    def __call__(self, node: Node, part: int, parts: int) -> DenseTranspose:
+        """The transpose of a Conv, one of `parts` shares of its input's channels."""
         key = (node.outputs[0], part, parts)
-        with DenseTransposes._building:
-            if key not in self._sessions:
-                self._sessions[key] = _session(_graph(node, part, parts))
-        return self._sessions[key]
+        if key not in self._built:
+            with DenseTransposes._building:
+                if key not in self._built:
+                    self._built[key] = DenseTranspose(node, part, parts)
+        return self._built[key]
 
 
 def _unlock() -> None:
@@ -81,6 +62,59 @@ def _unlock() -> None:
 
 
 at_fork(_unlock)
+
+
+class DenseTranspose:
+    """One share of the channels of a transpose."""
+
+    def __init__(self, node: Node, part: int, parts: int) -> None:
+        self.channels = slice(*channels_of(node, part, parts))
+        depth = self.channels.stop - self.channels.start
+        phases = _phases(node, depth)
+        self._strides = node["strides"]
+        # Of a stride of 1 there is one phase, which is the result.
+        self._phases = phases if phases is not None and max(self._strides) > 1 else None
+        self._whole = (*node.input_shapes[0][2:], depth)
+        self._shapes = [self._whole]
+        if self._phases is not None:
+            self._shapes = [(y.pixels, x.pixels, depth) for y, x in self._phases]
+        self._session = _session(_graph(node, part, parts))
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, R: np.ndarray, room: Callable[[int], np.ndarray]) -> np.ndarray:
+        """The gradient at the Conv's input.
+
+        Parameters
+        ----------
+        R : numpy.ndarray of float32, shape (n, H_out, W_out, C_out)
+        room : callable
+            Gives so many floats for the result, which lasts until they are used again.
+
+        Returns
+        -------
+        numpy.ndarray of float32, shape (n, H_in, W_in, C), of the `channels`
+        """
+        R, binding = np.ascontiguousarray(R), self._session.io_binding()
+        binding.bind_input("R", "cpu", 0, np.float32, R.shape, R.ctypes.data)
+        shapes = [(len(R), *shape) for shape in (*self._shapes, self._whole)]
+        results = _laid_out(room, shapes if self._phases is not None else shapes[:1])
+        for name, result in zip(self._names, results, strict=False):
+            binding.bind_output(name, "cpu", 0, np.float32, result.shape, result.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        if self._phases is None:
+            return results[0]
+        whole, (rows, columns) = results.pop(), self._strides
+        whole[...] = 0
+        for (y, x), result in zip(self._phases, results, strict=True):
+            whole[:, y.first :: rows, x.first :: columns] = result
+        return whole
+
+
+def _laid_out(room: Callable[[int], np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Arrays that follow each other."""
+    sizes = [prod(shape) for shape in shapes]
+    parts = np.split(room(sum(sizes)), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def parts_of(node: Node, members: int) -> int:
@@ -100,6 +134,7 @@ class _Phase(NamedTuple):
     """Pixels t ≡ first (mod stride) of one axis, and the convolution that leads to them."""
 
     first: int
+    pixels: int
     taps: list[int]  # of the kernel, in the order of this convolution
     pads: tuple[int, int]
 
@@ -129,7 +164,7 @@ def axis_phases(node: Node, axis: int) -> list[_Phase]:
         before = reach - m_first
         pads = (before, count + reach - outputs - before)
         if taps and count > 0:
-            phases.append(_Phase(stride * m_first + remainder - pad, taps, pads))
+            phases.append(_Phase(stride * m_first + remainder - pad, count, taps, pads))
     return phases
 
 

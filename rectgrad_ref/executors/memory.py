@@ -63,6 +63,10 @@ class Scratch:
             take("counts", k.BINS, np.int64),
         )
 
+    def room(self, member: int, size: int) -> np.ndarray:
+        """For what one member computes by itself."""
+        return self._arrays.take(f"room {member}", size, np.float32)
+
 
 class Memory:
     """Arenas and marks, activations, and scratch of every team."""

@@ -47,12 +47,11 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse a value that a field's type does not allow."""
-        hints = _hints(type(self))  # type: ignore[arg-type]
-        for field in fields(self):
-            value, kinds = getattr(self, field.name), alternatives(hints[field.name])
+        for name, kinds in _kinds(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
             if not any(_is_of(value, kind) for kind in kinds):
                 allowed = " or ".join(map(_described, kinds))
-                raise ValueError(f"{self.id}: {field.name} must be {allowed}, got {value!r}")
+                raise ValueError(f"{self.id}: {name} must be {allowed}, got {value!r}")
 
     def _require_at_least(self, minimum: int, *names: str) -> None:
         """Refuse an option below `minimum`, or infinite."""
@@ -113,9 +112,10 @@ class Method:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    """The types of a method's fields, which take longer to find than to check."""
-    return get_type_hints(cls)
+def _kinds(cls: type[Method]) -> dict[str, tuple[Any, ...]]:
+    """What each of a method's fields may be, which takes longer to find than to check."""
+    hints = get_type_hints(cls)
+    return {field.name: alternatives(hints[field.name]) for field in fields(cls)}
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:

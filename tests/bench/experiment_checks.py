@@ -54,3 +54,14 @@ def run_and_report(
     for claim in record["claims"]:
         assert f"- {'✓' if claim['holds'] else '✗'} {claim['text']}" in written
     return record
+
+
+def assert_report_is_current(suite: Suite, folder: Path) -> None:
+    """The published report is what the published numbers make."""
+    for name in filter(None, (suite.name, suite.critics)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "results").symlink_to(suite.folder.parent / name / "results")
+    destination = folder / suite.name / "RESULTS.md"
+    report.write(suite, destination.parent / "results", destination)
+    published = suite.folder / "RESULTS.md"
+    assert destination.read_text("utf-8") == published.read_text("utf-8")

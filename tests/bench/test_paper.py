@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 
-from experiment_checks import blobs, few_estimators, run_and_report
+from experiment_checks import assert_report_is_current, blobs, few_estimators, run_and_report
 
 from bench.paper import report, sources
 from bench.paper.__main__ import app
@@ -32,7 +32,7 @@ from bench.paper.evidence import (
     least_sure,
     quartiles,
 )
-from bench.paper.experiments import EXPERIMENTS, SUITE, feature_map_occlusion, roar
+from bench.paper.experiments import SUITE, feature_map_occlusion, roar
 from bench.paper.experiments.adversarial import fast_gradient_sign, value_range
 from bench.paper.maps import (
     RECTGRAD,
@@ -53,6 +53,7 @@ from rectgrad_ref.onnx_models.cifar10_cnn import network_path
 
 pytestmark = pytest.mark.filterwarnings("ignore::rectgrad_ref.errors.RectGradWarning")
 
+EXPERIMENTS = SUITE.experiments
 TINY: dict[str, dict[str, Any]] = {
     "side_by_side": {"photos": 1},
     "training_occlusion": {"images": 3, "networks": 2},
@@ -191,10 +192,7 @@ def test_bars_do_not_break_tables() -> None:
 
 
 def test_the_published_report_is_made_of_the_published_numbers(tmp_path: Path) -> None:
-    (tmp_path / "results").symlink_to(SUITE.folder / "results")
-    report.write(SUITE, tmp_path / "results", tmp_path / "RESULTS.md")
-    made = (tmp_path / "RESULTS.md").read_text("utf-8")
-    assert made == (SUITE.folder / "RESULTS.md").read_text("utf-8")
+    assert_report_is_current(SUITE, tmp_path)
 
 
 # --- statistics and measures ----------------------------------------------------------------------
@@ -335,7 +333,7 @@ def test_the_attack_follows_the_gradient_of_the_loss() -> None:
 def test_an_attack_stays_within_the_pictures_range() -> None:
     explainer = Explainer(network_path(), backend="cpu", preprocess="cifar10")
     white = normalized(np.full((1, 3, 32, 32), 255, np.uint8))
-    low, high = value_range(explainer, white)
+    low, high = value_range(explainer)
     assert low.min() == low.max() == -1 and high.min() == high.max() == 1
     attacked = fast_gradient_sign(explainer, white, 0.01, (low, high))
     assert attacked.max() == 1 and attacked.min() == pytest.approx(0.99)
@@ -439,9 +437,10 @@ def test_the_command_line_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     invoke = partial(CliRunner().invoke, app)
     done = invoke(["nonsense", "--work", str(tmp_path), "--out", str(tmp_path / "results")])
     assert done.exit_code == 2 and "nonsense" in done.output
-    arguments = ["roar", "--set", "epocs=3", "--work", str(tmp_path), "--out", str(tmp_path / "r")]
-    done = invoke(arguments)
-    assert done.exit_code == 2 and "epocs" in done.output
+    for setting in ("epocs=3", "epochs=three", "fractions=.1,x", "precision=float16"):
+        folders = ["--work", str(tmp_path), "--out", str(tmp_path / "r")]
+        done = invoke(["roar", "--set", setting, *folders])
+        assert done.exit_code == 2 and setting.partition("=")[0] in done.output
 
 
 def test_missing_data_end_with_a_message(tmp_path: Path) -> None:

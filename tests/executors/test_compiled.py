@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from walk_cases import (
 
 from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidImage
+from rectgrad_ref.executors import compiled
 from rectgrad_ref.executors import cpu as lowering
 from rectgrad_ref.executors.compiled import CompiledBackend, CompiledRunner
 from rectgrad_ref.executors.crew import Crew
@@ -46,6 +47,15 @@ pytest.importorskip("onnxruntime")
 
 Array = np.ndarray
 THREADS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_for_small_networks() -> Iterator[None]:
+    """These networks are so small that their walks would wake nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_WAKING", 0)
+        yield
+
 
 SOME = ("q = 80", "saliency", "deeplift")
 
@@ -222,6 +232,24 @@ def test_concurrent_calls(explainer: Explainer, options: dict[str, Any]) -> None
                 np.testing.assert_array_equal(job.result(timeout=60).values, values)
 
 
+def test_a_small_network_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Counted(Crew):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            sizes.append(self.size)
+
+    monkeypatch.setattr(compiled, "Crew", Counted)
+    fresh = Explainer(NETS["residual, batch norm"].onnx(), backend="cpu", threads=2)
+    several = fresh.explain(IMAGES).values
+    monkeypatch.setattr(compiled, "_WAKING", fresh.explain(IMAGES).inputs.size * 1000)
+    np.testing.assert_array_equal(fresh.explain(IMAGES).values, several)
+    assert sizes == [2, 2, 1]
+    with Crew(1), Crew(2) as other:  # one that wakes nobody leaves the threads to others
+        assert other.size == 2
+
+
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_fork_explains_as_well(explainer: Explainer) -> None:
     """It takes no threads along; what its parent's threads were doing must not matter."""
@@ -274,12 +302,13 @@ def test_a_baseline_that_all_share_is_run_once(
     seen: list[tuple[int, ...]] = []
     shared = np.full_like(IMAGES, 0.25)
     other = np.concatenate([shared[:-1], shared[-1:] + 1])
-    one, many, last = (
-        explainer.explain(IMAGES, method="deeplift", baseline=baseline).values
-        for baseline in (0.25, shared, other)
-    )
-    n = len(IMAGES)
+    maps, scored = [], []
+    for baseline in (0.25, shared, other):
+        maps.append(explainer.explain(IMAGES, method="deeplift", baseline=baseline).values)
+        scored.append(batches[-1])  # for the completeness gap
+    n, (one, many, last) = len(IMAGES), maps
     assert seen == [(n, 1), (n, 1), (n, n)]
+    assert scored == [1, 1, n]
     np.testing.assert_array_equal(one, many)
     np.testing.assert_allclose(last[:-1], one[:-1], atol=1e-6 * np.abs(one).max())
     assert np.abs(last[-1] - one[-1]).max() > 1e-3 * np.abs(one).max()

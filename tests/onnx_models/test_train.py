@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def test_training_is_the_plain_recipe() -> None:
         "epsilon": 1e-8,
         "batch_size": 100,
         "epochs": 20,
+        "precision": "float32",
     }
     module = module_of(initial_weights(5))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1, betas=(0.9, 0.999), eps=1.0)
@@ -114,6 +115,20 @@ def test_member_of_an_ensemble_equals_the_network_trained_alone() -> None:
         assert together.losses[0][member] == pytest.approx(alone.losses[0][0], rel=1e-6)
         for name in SHAPES:
             assert_same_training(together.weights[name][member], alone.weights[name][0], name, seed)
+
+
+def test_bfloat16_moves_float32_weights_in_nearly_the_same_direction() -> None:
+    """It rounds to 0.4 %, and flips ReLUs and pooling winners the more, the deeper the gradient."""
+    images, labels = batch(200)
+    plain = train(images, labels, [5], recipe=SMOOTH)
+    reduced = train(images, labels, [5], recipe=replace(SMOOTH, precision="bfloat16"))
+    assert reduced.losses[0][0] == pytest.approx(plain.losses[0][0], rel=1e-3)
+    for name, initial in initial_weights(5).items():
+        assert reduced.weights[name].dtype == np.float32
+        ours, theirs = (t.weights[name][0] - initial for t in (reduced, plain))
+        assert not np.array_equal(ours, theirs)
+        cosine = np.vdot(ours, theirs) / (np.linalg.norm(ours) * np.linalg.norm(theirs))
+        assert cosine > 0.97
 
 
 def test_each_member_may_have_its_own_images() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..report import Suite
-from ..runner import Experiment
 from .adversarial import Adversarial
 from .coherence import Coherence
 from .feature_map_occlusion import FeatureMapOcclusion
@@ -18,9 +17,16 @@ from .side_by_side import SideBySide
 from .threshold_sweep import ThresholdSweep
 from .training_occlusion import TrainingOcclusion
 
-EXPERIMENTS: dict[str, type[Experiment]] = {
-    cls.name: cls
-    for cls in (
+SUITE = Suite(
+    folder=Path(__file__).parents[1],
+    title="The paper's experiments, reproduced",
+    introduction=(
+        "Kim et al. 2019, *Why are Saliency Maps Noisy? Cause of and Solution to Noisy Saliency "
+        "Maps*."
+    ),
+    origin="in the paper",
+    claimant="Paper",
+    members=(
         SideBySide,
         TrainingOcclusion,
         FeatureMapOcclusion,
@@ -32,19 +38,6 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         NoiseLevel,
         PropagationRules,
         Roar,
-    )
-}
-
-SUITE = Suite(
-    name="paper",
-    folder=Path(__file__).parents[1],
-    title="The paper's experiments, reproduced",
-    introduction=(
-        "Kim et al. 2019, *Why are Saliency Maps Noisy? Cause of and Solution to Noisy Saliency "
-        "Maps*.\nWhat the literature since then holds against methods like RectGrad is measured in "
-        "[bench/sanity](../sanity/RESULTS.md)."
     ),
-    origin="in the paper",
-    claimant="Paper",
-    experiments=EXPERIMENTS,
+    critics="sanity",
 )

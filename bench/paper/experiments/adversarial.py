@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,97 +12,70 @@ import numpy as np
 
 from rectgrad_ref import picture
 from rectgrad_ref.explainer import Explainer
-from rectgrad_ref.methods import Method
 
 from .. import plots
 from ..evidence import SIGNIFICANT, Claim, Conclusion, Table, compare, lower_than, p_value
-from ..maps import OURS, RECTGRAD, heatmaps, imagenet_methods, paper_methods, shown, similarity
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
-from ..sources import Sources, checksum, normalized
+from ..maps import OURS, RECTGRAD, heatmaps, imagenet_methods, shown, similarity
+from ..runner import Arrays, Results, Unit, stacked
+from ..sources import Sources
+from .subjects import OnSubjects, Subject, by_network, predicted
+
+_KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial(Experiment):
+class Adversarial(OnSubjects):
     """Likeness of the maps before and after the fast gradient sign method.
 
     Attributes
     ----------
-    images
-        The first of the CIFAR-10 test set.
-    photos
-        The first of the photographs.
     epsilon
         Step of every pixel where the input spans [−1, 1]; scaled to other ranges.
     """
 
-    name: ClassVar[str] = "adversarial"
-    title: ClassVar[str] = "Adversarial attack"
-    figures: ClassVar[str] = "figures 5b and 16"
-    paper: ClassVar[str] = (
+    name = "adversarial"
+    title = "Adversarial attack"
+    figures = "figures 5b and 16"
+    paper = (
         "When an invisible perturbation changes the class, RectGrad's maps change with it; where "
         "they do not, those of the other methods do not either. So RectGrad is equally or more "
         "class sensitive. (By eye.)"
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 50, "photos": 3}
+    revision = 2
+    batch: ClassVar[Mapping[str, int]] = {"cifar": 50, "photo": 1}
 
-    images: int = 10_000
-    photos: int = 100
     epsilon: float = 0.01
 
-    def inputs(self, sources: Sources) -> dict[str, str]:
-        return {
-            "network": sources.network().model.sha256,
-            "test": checksum(sources.test.images[: self.images]),
-            **sources.needed_classifier().checksums(self.photos),
-        }
-
     def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer = sources.network()
-        images, methods = sources.test.images[: self.images], paper_methods(sources.seed)
-        units: dict[str, Unit] = {
-            f"cifar-{key}": partial(
-                self._compare, explainer, methods, normalized(images[rows]), (-1, 1)
-            )
-            for key, rows in batches(len(images), 50).items()
-        }
-        classifier = sources.needed_classifier()
-        loaded, methods = classifier.load(sources.backend), imagenet_methods(sources.seed)
-        for i, photo in enumerate(classifier.pictures(self.photos).values()):
-            x = loaded.explain(photo, method="random").inputs
-            units[f"photo-{i:03d}"] = partial(
-                self._compare, loaded, methods, x, value_range(loaded, x)
-            )
-        return units
+        methods = imagenet_methods(sources.seed)
 
-    def _compare(
-        self,
-        explainer: Explainer,
-        methods: Mapping[str, Method],
-        x: np.ndarray,
-        bounds: tuple[Any, Any],
-    ) -> Arrays:
-        attacked = fast_gradient_sign(explainer, x, self.epsilon, bounds)
-        before = explainer.explain(x, method="random").logits.argmax(axis=1)
-        after = explainer.explain(attacked, method="random").logits.argmax(axis=1)
-        maps, moved = heatmaps(explainer, x, methods), heatmaps(explainer, attacked, methods)
-        result: dict[str, np.ndarray] = {"flipped": before != after}
-        for kind, sparse in (("plain", False), ("sparse", True)):
-            first, second = shown(maps, sparse=sparse), shown(moved, sparse=sparse)
-            for name in methods:
-                result[f"{kind}, {name}"] = similarity(first[name], second[name])
-        return result
+        def compared(subject: Subject, x: np.ndarray, keys: np.ndarray) -> Arrays:
+            explainer = subject.explainer
+            attacked = fast_gradient_sign(explainer, x, self.epsilon, value_range(explainer))
+            maps, moved = (heatmaps(explainer, im, methods, keys=keys) for im in (x, attacked))
+            result = {"flipped": predicted(explainer, x) != predicted(explainer, attacked)}
+            for kind in _KINDS:
+                first, second = (shown(m, sparse=kind == "sparse") for m in (maps, moved))
+                for name in methods:
+                    result[f"{kind}, {name}"] = similarity(first[name], second[name])
+            return result
+
+        return {
+            key: partial(compared, subject, x, keys)
+            for subject in self.subjects(sources)
+            for key, x, keys in subject.batches()
+        }
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        network = sources.needed_classifier().path.stem
-        parts = {"CIFAR-10": stacked(found, "cifar-"), network: stacked(found, "photo-")}
+        parts = by_network(sources, found)
         claims, tables = [], []
         for where, values in parts.items():
-            names = [key.removeprefix("plain, ") for key in values if key.startswith("plain, ")]
             flipped = values["flipped"]
             if flipped.any():
-                claims += [_most_sensitive(values, names, kind, where) for kind in _KINDS]
+                claims += [_most_sensitive(values, kind, where) for kind in _KINDS]
                 claims += [_reacts(values, where)] if not flipped.all() else []
-            tables.append(_table(values, names, where))
+            tables.append(_table(values, where))
         return Conclusion(
             scale="; ".join(
                 f"{where}: {int(values['flipped'].sum()):,} of {len(values['flipped']):,} images "
@@ -135,28 +108,28 @@ class Adversarial(Experiment):
         values = stacked(found, "cifar-")
         for ax, (kind, words) in zip(axes, _KINDS.items(), strict=True):
             changed = {
-                name: values[f"{kind}, {name}"][values["flipped"]] for name in paper_methods()
+                name: values[f"{kind}, {name}"][values["flipped"]] for name in imagenet_methods()
             }
             label = "cosine of the maps before and after"
             plots.boxes(ax, changed, ours=OURS, label=label, title=f"CIFAR-10, {words}")
+        axes[1].sharex(axes[0])
         return [plots.save(figure, folder, self.name)]
 
     def pictures(self, sources: Sources, folder: Path) -> None:
-        classifier = sources.needed_classifier()
-        explainer, methods = classifier.load(sources.backend), imagenet_methods(sources.seed)
-        photos = classifier.pictures(self.photos)
+        if sources.classifier is None:
+            return
+        explainer = sources.classifier.load(sources.backend)
+        photos = sources.classifier.pictures(self.photos)
         # The authors' file names say which photographs belong to the figure.
         chosen = [name for name in photos if "adv_attack" in name] or list(photos)[:4]
         for name in chosen:
             x = explainer.explain(photos[name], method="random").inputs
-            attacked = fast_gradient_sign(explainer, x, self.epsilon, value_range(explainer, x))
+            attacked = fast_gradient_sign(explainer, x, self.epsilon, value_range(explainer))
             both = np.concatenate([x, attacked])
-            found = [explainer.explain(both, method=method) for method in methods.values()]
+            methods = imagenet_methods(sources.seed).values()
+            found = [explainer.explain(both, method=method) for method in methods]
             kind = "flipped" if found[0].target[0] != found[0].target[1] else "same_class"
             picture.save(picture.side_by_side(found), folder / f"{kind}_{name}.png")
-
-
-_KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
 
 
 def fast_gradient_sign(
@@ -189,8 +162,8 @@ def fast_gradient_sign(
     return np.clip(x + step * np.sign(gradient), low, high).astype(x.dtype)
 
 
-def value_range(explainer: Explainer, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What black and white pictures are for the network, each of the shape of `x`."""
+def value_range(explainer: Explainer) -> tuple[np.ndarray, np.ndarray]:
+    """What black and white pictures are for the network, each of the shape of one input."""
     from PIL import Image
 
     ends = []
@@ -200,8 +173,8 @@ def value_range(explainer: Explainer, x: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.minimum(*ends), np.maximum(*ends)
 
 
-def _most_sensitive(values: Arrays, names: Sequence[str], kind: str, where: str) -> Claim:
-    changed = {name: values[f"{kind}, {name}"][values["flipped"]] for name in names}
+def _most_sensitive(values: Arrays, kind: str, where: str) -> Claim:
+    changed = {name: values[f"{kind}, {name}"][values["flipped"]] for name in imagenet_methods()}
     pairs = compare(changed[RECTGRAD], {n: v for n, v in changed.items() if n not in OURS})
     return Claim(
         f"{where}, {_KINDS[kind]}: where the class changes, no baseline's maps change more than "
@@ -226,10 +199,10 @@ def _reacts(values: Arrays, where: str) -> Claim:
     )
 
 
-def _table(values: Arrays, names: Sequence[str], where: str) -> Table:
+def _table(values: Arrays, where: str) -> Table:
     flipped = values["flipped"]
     rows = []
-    for name in names:
+    for name in imagenet_methods():
         cells = [
             f"{np.median(values[f'{kind}, {name}'][where_]):.2f}" if where_.any() else "–"
             for kind in _KINDS

@@ -12,7 +12,7 @@ import numpy as np
 from rectgrad_ref import picture
 
 from .. import plots
-from ..evidence import Claim, Conclusion, Table, compare, least_sure
+from ..evidence import Claim, Conclusion, Table, compare, higher_than
 from ..maps import OURS, heatmaps, imagenet_methods, object_share, paper_methods, shown
 from ..runner import Arrays, stacked
 from ..sources import Masked, Sources, normalized
@@ -31,10 +31,10 @@ class Coherence(OnMasked):
         The first of the photographs, for pictures.
     """
 
-    name: ClassVar[str] = "coherence"
-    title: ClassVar[str] = "Coherence"
-    figures: ClassVar[str] = "figures 5a and 15"
-    paper: ClassVar[str] = (
+    name = "coherence"
+    title = "Coherence"
+    figures = "figures 5a and 15"
+    paper = (
         "RectGrad's attributions fall on the object and on similar parts of it within a class, "
         "with nearly no noise on the background; those of the baselines do not, final thresholding "
         "or not. (By eye.)"
@@ -62,12 +62,11 @@ class Coherence(OnMasked):
             for ours in OURS:
                 others = {n: shares[f"{kind}, {n}"] for n in methods if n not in OURS}
                 pairs = compare(shares[f"{kind}, {ours}"], others)
-                wins = ", ".join(f"{n} on {1 - pair.wins:.0%}" for n, pair in pairs.items())
                 claims.append(
                     Claim(
                         f"{ours} keeps to the object better than every baseline {words}",
                         all(pair.higher for pair in pairs.values()),
-                        f"a larger share than {wins} of the images; {least_sure(pairs)}",
+                        f"by the share, {higher_than(ours, pairs)}",
                     )
                 )
         medians = {name: float(np.median(v)) for name, v in shares.items()}
@@ -96,7 +95,8 @@ class Coherence(OnMasked):
         for ax, (kind, words) in zip(axes, _KINDS.items(), strict=True):
             values = {name: 100 * shares[f"{kind}, {name}"] for name in paper_methods()}
             plots.boxes(ax, values, ours=OURS, label="attribution on the object, %", title=words)
-            ax.axvline(100 * shares["area"].mean(), color="0.6", linewidth=0.8, linestyle="--")
+            plots.reference(ax, "the object's area", x=100 * shares["area"].mean())
+        axes[1].sharex(axes[0])
         return [plots.save(figure, folder, self.name)]
 
     def pictures(self, sources: Sources, folder: Path) -> None:

@@ -52,10 +52,10 @@ class FeatureMapOcclusion(Experiment):
         Random orders.
     """
 
-    name: ClassVar[str] = "feature_map_occlusion"
-    title: ClassVar[str] = "Feature-map occlusion"
-    figures: ClassVar[str] = "figure 3"
-    paper: ClassVar[str] = (
+    name = "feature_map_occlusion"
+    title = "Feature-map occlusion"
+    figures = "figure 3"
+    paper = (
         "Occluding activations on the object lowers (class logit) − (largest other logit) far more "
         "than occluding as large a fraction of those on the background, at every one of the four "
         "convolutions."

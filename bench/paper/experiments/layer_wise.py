@@ -35,10 +35,10 @@ class LayerWise(OnMasked):
         The first of the photographs, for pictures.
     """
 
-    name: ClassVar[str] = "layer_wise"
-    title: ClassVar[str] = "Layer-wise propagation"
-    figures: ClassVar[str] = "figures 6 and 14"
-    paper: ClassVar[str] = (
+    name = "layer_wise"
+    title = "Layer-wise propagation"
+    figures = "figures 6 and 14"
+    paper = (
         "Noise accumulates in saliency maps on the way to the input, so that irrelevant regions "
         "get attribution; RectGrad stops it at every layer."
     )
@@ -115,7 +115,7 @@ class LayerWise(OnMasked):
                 title=f"mean of {kind} over channels",
                 marker="o",
             )
-            ax.axhline(100 * shares["area"].mean(), color="0.6", linewidth=0.8, linestyle="--")
+            plots.reference(ax, "the background's area", y=100 * shares["area"].mean())
             ax.set_xticks(range(len(LAYERS) + 1), [*LAYERS, "input"])
             ax.set_ylim(0, 100)
         return [plots.save(figure, folder, self.name)]

@@ -72,15 +72,15 @@ class NoiseLevel(Experiment):
         Images a unit of work.
     """
 
-    name: ClassVar[str] = "noise_level"
-    title: ClassVar[str] = "Noise level"
-    figures: ClassVar[str] = "figure 8"
-    paper: ClassVar[str] = (
+    name = "noise_level"
+    title = "Noise level"
+    figures = "figure 8"
+    paper = (
         "RectGrad with PRR puts the least attribution on the background, then RectGrad; the total "
         "variation of their maps is the lowest too."
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 100}
-    revision: ClassVar[int] = 2
+    revision = 2
 
     masked: int = 10
     images: int = 10_000
@@ -169,6 +169,7 @@ class NoiseLevel(Experiment):
             paper = None if part == "background" else PAPER_VARIATION
             label = labels.get(part, labels["test"])
             plots.boxes(ax, parts[part], ours=OURS, label=label, title=title, paper=paper)
+            ax.set_xscale("symlog", linthresh=1)  # logarithmic but for what is next to nothing
         return [plots.save(figure, folder, self.name)]
 
     def _by_part(self, found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:

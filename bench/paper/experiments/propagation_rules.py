@@ -62,15 +62,15 @@ class PropagationRules(Experiment):
         The first of the photographs, for pictures.
     """
 
-    name: ClassVar[str] = "propagation_rules"
-    title: ClassVar[str] = "Propagation rules"
-    figures: ClassVar[str] = "figure 17, appendix B"
-    paper: ClassVar[str] = (
+    name = "propagation_rules"
+    title = "Propagation rules"
+    figures = "figure 17, appendix B"
+    paper = (
         "The rule with |a·R| below the last layer (Mod) often misses the object's discriminating "
         "features or highlights the background; PR3 and PR4 fail in a single layer already. So PR1."
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 200, "photos": 4}
-    revision: ClassVar[int] = 2
+    revision = 2
 
     masked: int = 10
     images: int = 10_000

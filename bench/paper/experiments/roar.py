@@ -55,7 +55,7 @@ class Roar(Experiment):
         The first of each set; both are modified alike.
     fractions
         Of the pixels that are removed (ROAR) or kept (KAR).
-    epochs
+    epochs, precision
         Of each training; everything else is the paper's recipe.
     networks
         Trained for each estimator and fraction, with seeds 0, 1, …
@@ -86,6 +86,11 @@ class Roar(Experiment):
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     epochs: int = 20
     networks: int = 3
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is float32 or bfloat16, not {self.precision!r}")
 
     def inputs(self, sources: Sources) -> dict[str, str]:
         return {
@@ -157,7 +162,7 @@ class Roar(Experiment):
             train_images,
             data["train"].labels,
             [member.seed for member in stack],
-            recipe=Recipe(epochs=self.epochs),
+            recipe=Recipe(epochs=self.epochs, precision=self.precision),
             device=sources.device,
             checkpoint=checkpoint,
         )
@@ -254,8 +259,8 @@ class Roar(Experiment):
         """How much of the paper's protocol it is."""
         return (
             f"{self.train_images:,} of 50,000 training and {self.test_images:,} of 10,000 test "
-            f"images, {self.epochs} of 20 epochs, {self.networks} of 3 networks for each of "
-            f"{len(self.fractions)} of 5 fractions; unmodified accuracy "
+            f"images, {self.epochs} of 20 epochs in {self.precision}, {self.networks} of 3 "
+            f"networks for each of {len(self.fractions)} of 5 fractions; unmodified accuracy "
             f"{correct[f'ROAR, {BASELINE}, 0'].mean():.1%}."
         )
 

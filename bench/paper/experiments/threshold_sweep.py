@@ -17,9 +17,10 @@ from rectgrad_ref.methods import RectGrad
 
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, p_value
-from ..maps import heatmaps, nonzero, similarity
-from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
-from ..sources import Sources, checksum, normalized
+from ..maps import heatmaps, nonzero, shown, similarity
+from ..runner import Arrays, Results, Unit
+from ..sources import Sources
+from .subjects import OnSubjects, by_network
 
 THRESHOLDS = {
     "τ = 0": RectGrad(tau=0.0, final_threshold=False),
@@ -31,54 +32,28 @@ _ALIKE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThresholdSweep(Experiment):
-    """How alike the maps at different q are, and how sparse.
+class ThresholdSweep(OnSubjects):
+    """How alike the maps at different q are, and how sparse."""
 
-    Attributes
-    ----------
-    images
-        The first of the CIFAR-10 test set.
-    photos
-        The first of the photographs.
-    """
-
-    name: ClassVar[str] = "threshold_sweep"
-    title: ClassVar[str] = "Threshold sweep"
-    figures: ClassVar[str] = "figure 4"
-    paper: ClassVar[str] = (
+    name = "threshold_sweep"
+    title = "Threshold sweep"
+    figures = "figure 4"
+    paper = (
         "At q = 0 the maps are incomprehensible; from q = 20 to 80 they hardly change, since most "
         "scores are zero; above 80 they become sparser. (By eye, three butterflies.)"
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 100, "photos": 4}
-
-    images: int = 10_000
-    photos: int = 100
-
-    def inputs(self, sources: Sources) -> dict[str, str]:
-        return {
-            "network": sources.network().model.sha256,
-            "test": checksum(sources.test.images[: self.images]),
-            **sources.needed_classifier().checksums(self.photos),
-        }
+    revision = 2
 
     def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
-        explainer, images = sources.network(), sources.test.images[: self.images]
-        units: dict[str, Unit] = {
-            f"cifar-{key}": partial(_sweep_arrays, explainer, normalized(images[rows]))
-            for key, rows in batches(len(images), 100).items()
+        return {
+            key: partial(_sweep, subject.explainer, x)
+            for subject in self.subjects(sources)
+            for key, x, _ in subject.batches()
         }
-        classifier = sources.needed_classifier()
-        loaded = classifier.load(sources.backend)
-        photos = list(classifier.pictures(self.photos).values())
-        for key, rows in batches(len(photos), 4).items():
-            units[f"photo-{key}"] = partial(_sweep_arrays, loaded, photos[rows])
-        return units
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        parts = {
-            "CIFAR-10": stacked(found, "cifar-"),
-            sources.needed_classifier().path.stem: stacked(found, "photo-"),
-        }
+        parts = by_network(sources, found)
         claims, tables = [], []
         for network, values in parts.items():
             claims += [
@@ -113,12 +88,14 @@ class ThresholdSweep(Experiment):
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         figure, axes = plots.figure(2, width=3, height=2.5)
-        parts = {"CIFAR-10": stacked(found, "cifar-"), "photographs": stacked(found, "photo-")}
-        measures = {"alike": "cosine with the map at q = 20", "nonzero": "pixels not zero"}
+        measures = {
+            "alike": "cosine with the map at q = 20",
+            "nonzero": "fraction of pixels not zero",
+        }
         for ax, (measure, label) in zip(axes, measures.items(), strict=True):
             lines = {
-                name: np.array([np.median(values[f"{measure}, {q}"]) for q in _QS])
-                for name, values in parts.items()
+                network: np.array([medians[f"{measure}, {q}"] for q in _QS])
+                for network, medians in conclusion.numbers.items()
             }
             plots.curves(ax, range(len(_QS)), lines, xlabel="q", ylabel=label, marker="o")
             ax.set_xticks(range(len(_QS)), [q.removeprefix("q = ") for q in _QS])
@@ -126,15 +103,16 @@ class ThresholdSweep(Experiment):
         return [plots.save(figure, folder, self.name)]
 
     def pictures(self, sources: Sources, folder: Path) -> None:
-        classifier = sources.needed_classifier()
-        explainer = classifier.load(sources.backend)
-        photos = list(classifier.pictures(min(self.photos, 12)).values())
+        if sources.classifier is None:
+            return
+        explainer = sources.classifier.load(sources.backend)
+        photos = list(sources.classifier.pictures(min(self.photos, 12)).values())
         found = [explainer.explain(photos, method=m) for m in THRESHOLDS.values()]
         picture.save(picture.threshold_sweep(found, list(THRESHOLDS)), folder / "figure_4.png")
 
 
-def _sweep_arrays(explainer: Explainer, images: Any) -> Arrays:
-    maps = heatmaps(explainer, images, THRESHOLDS)
+def _sweep(explainer: Explainer, x: np.ndarray) -> Arrays:
+    maps = shown(heatmaps(explainer, x, THRESHOLDS), sparse=False)
     result = {}
     for name, heatmap in maps.items():
         result[f"alike, {name}"] = similarity(heatmap, maps[_REFERENCE])
@@ -143,11 +121,13 @@ def _sweep_arrays(explainer: Explainer, images: Any) -> Arrays:
 
 
 def _alike(values: Arrays, network: str) -> Claim:
-    median = float(np.median(values["alike, q = 80"]))
+    cosines = values["alike, q = 80"]
+    pair = compare(cosines, {"": _ALIKE})[""]
     return Claim(
         f"{network}: maps from q = 20 to 80 are alike",
-        median > _ALIKE,
-        f"median cosine of q = 20 and q = 80 {median:.3f} (more than {_ALIKE})",
+        pair.higher,
+        f"median cosine of q = 20 and q = 80 {np.median(cosines):.3f}, more than {_ALIKE} on "
+        f"{1 - pair.wins:.0%} of the images, {p_value(pair.p)}",
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.paper.report import Suite
-from bench.paper.runner import Experiment
 
 from .blurry_maps import BlurryMaps
 from .class_sensitivity import ClassSensitivity
@@ -14,19 +13,7 @@ from .input_bias import InputBias
 from .randomization import Randomization
 from .without_retraining import WithoutRetraining
 
-EXPERIMENTS: dict[str, type[Experiment]] = {
-    cls.name: cls
-    for cls in (
-        Randomization,
-        ClassSensitivity,
-        Convergence,
-        InputBias,
-        BlurryMaps,
-        WithoutRetraining,
-    )
-}
 SUITE = Suite(
-    name="sanity",
     folder=Path(__file__).parents[1],
     title="What the literature holds against it",
     introduction=(
@@ -36,5 +23,12 @@ SUITE = Suite(
     ),
     origin="in the literature",
     claimant="Literature",
-    experiments=EXPERIMENTS,
+    members=(
+        Randomization,
+        ClassSensitivity,
+        Convergence,
+        InputBias,
+        BlurryMaps,
+        WithoutRetraining,
+    ),
 )

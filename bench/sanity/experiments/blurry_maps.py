@@ -24,10 +24,10 @@ class BlurryMaps(Roar):
     """
 
     tests: ClassVar[tuple[Test, ...]] = ("ROAR",)
-    name: ClassVar[str] = "blurry_maps"
-    title: ClassVar[str] = "Blurry maps"
-    figures: ClassVar[str] = "Song et al. 2023"
-    paper: ClassVar[str] = (
+    name = "blurry_maps"
+    title = "Blurry maps"
+    figures = "Song et al. 2023"
+    paper = (
         "A blurred map knows no more of the network than the sharp one, and yet ROAR rates it "
         "better: patches without pixels hurt retraining more than as many single pixels."
     )

@@ -11,27 +11,30 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bench.paper import plots
-from bench.paper.evidence import Conclusion
+from bench.paper.evidence import Conclusion, medians_table
+from bench.paper.experiments.subjects import PLOTTED, OnSubjects, Subject, by_network
 from bench.paper.maps import OURS, all_methods, heatmaps
 from bench.paper.runner import Arrays, Results, Unit, stacked
 from bench.paper.sources import Sources
 
 from ..likeness import MEASURES, RANK, likeness
-from .subjects import OnSubjects, Subject, medians_table, more_alike, titles
+from .modified import more_alike
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSensitivity(OnSubjects):
     """Likeness of the maps of the predicted class and of another, drawn at random."""
 
-    name: ClassVar[str] = "class_sensitivity"
-    title: ClassVar[str] = "Class sensitivity"
-    figures: ClassVar[str] = "Nie et al. 2018, Sixt et al. 2020"
-    paper: ClassVar[str] = (
+    name = "class_sensitivity"
+    title = "Class sensitivity"
+    figures = "Nie et al. 2018, Sixt et al. 2020"
+    paper = (
         "Maps of Guided BP and Deconvolution are nearly the same whatever class they are asked "
         "about (Nie et al.); RectGrad's too (Sixt et al.)."
     )
     quick: ClassVar[Mapping[str, Any]] = {"images": 100, "photos": 4}
+
+    images: int = 1000
 
     def units(self, sources: Sources, done: Results) -> Mapping[str, Unit]:
         methods = all_methods(sources.seed)
@@ -58,8 +61,7 @@ class ClassSensitivity(OnSubjects):
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
         claims, tables, scale, numbers = [], [], [], {}
-        for subject, title in titles(sources).items():
-            values = stacked(found, f"{subject}-")
+        for title, values in by_network(sources, found).items():
             ranks = {method: values[f"{RANK}, {method}"] for method in all_methods()}
             text = f"{title}: {{method}}'s maps of two classes are more alike than Saliency's"
             claims += more_alike(ranks, text)
@@ -80,11 +82,11 @@ class ClassSensitivity(OnSubjects):
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
-        subjects = [s for s in ("cifar", "photo") if any(key.startswith(s) for key in found)]
+        subjects = [s for s in PLOTTED if any(key.startswith(s) for key in found)]
         figure, axes = plots.figure(len(subjects), width=3.6, height=2.8)
         for ax, subject in zip(axes, subjects, strict=True):
             values = stacked(found, f"{subject}-")
             ranks = {method: values[f"{RANK}, {method}"] for method in all_methods()}
-            title = "CIFAR-10" if subject == "cifar" else "photographs"
+            title = PLOTTED[subject]
             plots.boxes(ax, ranks, ours=OURS, label=f"{RANK} of two classes' maps", title=title)
         return [plots.save(figure, folder, self.name)]

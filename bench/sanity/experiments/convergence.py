@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bench.paper import plots
-from bench.paper.evidence import Conclusion
+from bench.paper.evidence import Conclusion, medians_table
+from bench.paper.experiments.subjects import PLOTTED, OnSubjects, Subject, titles
 from bench.paper.maps import all_methods, similarity
 from bench.paper.runner import Arrays, Results, Unit, of_networks
 from bench.paper.sources import Sources
 from rectgrad_ref.explainer import Explainer
 
 from ..networks import with_random_outputs
-from .subjects import OnSubjects, Subject, medians_table, more_alike, titles
+from .modified import more_alike
 
 _COVERED = "ε-LRP"
 
@@ -33,10 +34,10 @@ class Convergence(OnSubjects):
         Of pairs of vectors.
     """
 
-    name: ClassVar[str] = "convergence"
-    title: ClassVar[str] = "Convergence of the backward pass"
-    figures: ClassVar[str] = "Sixt et al. 2020"
-    paper: ClassVar[str] = (
+    name = "convergence"
+    title = "Convergence of the backward pass"
+    figures = "Sixt et al. 2020"
+    paper = (
         "Rules that let only positive relevance through multiply matrices of one sign, whose "
         "product tends to rank one: whatever vector the backward pass of Guided BP, Deconvolution "
         "or RectGrad begins with at the logits, much the same arrives at the input. A gradient "
@@ -121,9 +122,8 @@ class Convergence(OnSubjects):
                 {m: np.array(medians) for m, medians in lines.items() if m != _COVERED},
                 xlabel="activation, from the output down",
                 ylabel="cosine of two passes" if ax is axes[0] else "",
-                title="CIFAR-10" if subject == "cifar" else "photographs",
+                title=PLOTTED[subject],
                 legend=False,
-                order=list(all_methods()),
             )
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set_ylim(min(0, *(min(line) for line in lines.values())) - 0.05, 1.02)

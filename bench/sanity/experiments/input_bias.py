@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bench.paper import plots
-from bench.paper.evidence import Claim, Conclusion, compare, least_sure
+from bench.paper.evidence import Claim, Conclusion, compare, least_sure, medians_table
 from bench.paper.experiments.masked import OnMasked
 from bench.paper.maps import all_methods, heatmaps
 from bench.paper.runner import Arrays, stacked
@@ -20,7 +20,6 @@ from rectgrad_ref.methods import Method, RectGrad
 
 from ..likeness import rank_correlation
 from ..networks import of_unit_range
-from .subjects import medians_table
 
 _WITHOUT = "RectGrad, not × input"
 TIMES_INPUT = ("RectGrad", "RectGrad PRR", "Gradient × input", "IntegGrad", "DeepLIFT", "ε-LRP")
@@ -34,10 +33,10 @@ _BIASED = {"dark": UNIT, "grey": SYMMETRIC}
 class InputBias(OnMasked):
     """Attribution to dark and to grey pixels of the object, for two encodings of the input."""
 
-    name: ClassVar[str] = "input_bias"
-    title: ClassVar[str] = "Bias of × input"
-    figures: ClassVar[str] = "Brocki & Chung 2020"
-    paper: ClassVar[str] = (
+    name = "input_bias"
+    title = "Bias of × input"
+    figures = "Brocki & Chung 2020"
+    paper = (
         "A map that is multiplied by the input cannot show what is zero there, so RectGrad and "
         "others overlook dark objects; without × input they do not."
     )
@@ -127,7 +126,7 @@ class InputBias(OnMasked):
             shown = {name: 100 * values[f"{side} {encoding}, {name}"] for name in methods()}
             label = f"on the object's {_SIDES[side]} half, %"
             plots.boxes(ax, shown, ours=(_WITHOUT,), label=label, title=f"input in {encoding}")
-            ax.axvline(50, color="0.6", linewidth=0.8, linestyle="--")
+            plots.reference(ax, "no bias", x=50)
         return [plots.save(figure, folder, self.name)]
 
 
@@ -155,7 +154,7 @@ def _half_share(heatmap: np.ndarray, quantity: np.ndarray, where: np.ndarray) ->
 
 def _overlooked(values: Arrays, column: str, words: str, method: str) -> Claim:
     shares = values[f"{column}, {method}"]
-    pair = compare(shares, {"": np.full(shares.shape, 0.5)})
+    pair = compare(shares, {"": 0.5})
     return Claim(
         f"input in {column.partition(' ')[2]}: {method} gives the {words} less than its share",
         pair[""].lower,

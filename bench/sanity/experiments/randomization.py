@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bench.paper import plots
-from bench.paper.evidence import Claim, Conclusion, Table
+from bench.paper.evidence import Claim, Conclusion, Table, medians_table
+from bench.paper.experiments.subjects import PLOTTED, OnSubjects, Subject, predicted, titles
 from bench.paper.maps import all_methods, heatmaps
 from bench.paper.runner import Arrays, Results, Unit, of_networks, stacked
 from bench.paper.sources import Sources
@@ -22,7 +23,7 @@ from rectgrad_ref.methods import Method
 
 from ..likeness import RANK, SSIM, likeness
 from ..networks import layers, randomized
-from .subjects import GRADIENT, OnSubjects, Subject, medians_table, more_alike, predicted, titles
+from .modified import GRADIENT, more_alike
 
 KINDS = {"cascading": "of the named layer and all above it", "independent": "of that layer only"}
 MEASURES = (RANK, SSIM)
@@ -54,10 +55,10 @@ class Randomization(OnSubjects):
         Depths, evenly spaced over the layers, the first and the last among them.
     """
 
-    name: ClassVar[str] = "randomization"
-    title: ClassVar[str] = "Randomised layers"
-    figures: ClassVar[str] = "Adebayo et al. 2018, Sixt et al. 2020"
-    paper: ClassVar[str] = (
+    name = "randomization"
+    title = "Randomised layers"
+    figures = "Adebayo et al. 2018, Sixt et al. 2020"
+    paper = (
         "Maps of Guided BP hardly change as the upper layers get random weights, from the output "
         "down or one alone, so they cannot explain what these layers do; gradients change at once "
         "(Adebayo et al.). RectGrad and Deconvolution are as blind to the upper layers (Sixt et "
@@ -174,9 +175,8 @@ class Randomization(OnSubjects):
                 {m: np.array([1, *medians[1:]]) for m, medians in shown["medians"].items()},
                 xlabel="random down to",
                 ylabel=measure,
-                title="CIFAR-10" if subject == "cifar" else "photographs",
+                title=PLOTTED[subject],
                 legend=False,
-                order=list(all_methods()),
             )
             labels = ["none", *(stage.replace("/", " ") for stage in stages)]
             ax.set_xticks(range(len(labels)), labels, rotation=90)

@@ -6,16 +6,17 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bench.paper import plots
 from bench.paper.evidence import SIGNIFICANT, Claim, Conclusion, Table, compare, p_value
-from bench.paper.experiments.roar import TESTS, Roar, Test, modify, ranks_of
+from bench.paper.experiments.roar import QUANTITIES, TESTS, Roar, Test, modify, ranks_of
+from bench.paper.experiments.subjects import predicted
 from bench.paper.runner import Arrays, Results, Unit, batches
 from bench.paper.sources import Sources, normalized
-
-from .subjects import predicted
 
 _KINDS = ("retrained", "as it is")
 
@@ -27,10 +28,10 @@ class WithoutRetraining(Roar):
     What ROAR has trained already is not trained again.
     """
 
-    name: ClassVar[str] = "without_retraining"
-    title: ClassVar[str] = "Deletion without retraining"
-    figures: ClassVar[str] = "Hooker et al. 2019"
-    paper: ClassVar[str] = (
+    name = "without_retraining"
+    title = "Deletion without retraining"
+    figures = "Hooker et al. 2019"
+    paper = (
         "A network that was not trained on images with missing pixels fails on them whatever was "
         "removed, even at random, so without retraining other estimators come out best than with."
     )
@@ -111,6 +112,20 @@ class WithoutRetraining(Roar):
                 "above, so orders can be compared, and levels with care."
             ],
         )
+
+    def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
+        figure, axes = plots.figure(len(TESTS), width=3.2, height=2.8)
+        for ax, (test, quantity) in zip(axes, QUANTITIES.items(), strict=True):
+            retrained, given = (conclusion.numbers["area"][f"{test}, {kind}"] for kind in _KINDS)
+            plots.points(
+                ax,
+                {name: (retrained[name], given[name]) for name in retrained},
+                xlabel=f"{quantity}, retrained",
+                ylabel="the same, the network as it is" if ax is axes[0] else "",
+                title=test,
+            )
+        plots.shared_legend(figure, axes[0])
+        return [plots.save(figure, folder, self.name)]
 
 
 def _inner(experiment: Roar, correct: Arrays, test: Test) -> dict[str, np.ndarray]:
