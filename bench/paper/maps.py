@@ -24,6 +24,8 @@ from rectgrad_ref.picture import cap
 
 RECTGRAD, PRR = "RectGrad", "RectGrad PRR"
 OURS = (RECTGRAD, PRR)
+KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
+"""Of the baselines' maps."""
 
 
 def paper_methods(seed: int = 0) -> dict[str, Method]:

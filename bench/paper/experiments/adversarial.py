@@ -15,12 +15,10 @@ from rectgrad_ref.explainer import Explainer
 
 from .. import plots
 from ..evidence import SIGNIFICANT, Claim, Conclusion, Table, compare, lower_than, p_value
-from ..maps import OURS, RECTGRAD, heatmaps, imagenet_methods, shown, similarity
+from ..maps import KINDS, OURS, RECTGRAD, heatmaps, imagenet_methods, shown, similarity
 from ..runner import Arrays, Results, Unit, stacked
 from ..sources import Sources
 from .subjects import OnSubjects, Subject, by_network, predicted
-
-_KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class Adversarial(OnSubjects):
             attacked = fast_gradient_sign(explainer, x, self.epsilon, value_range(explainer))
             maps, moved = (heatmaps(explainer, im, methods, keys=keys) for im in (x, attacked))
             result = {"flipped": predicted(explainer, x) != predicted(explainer, attacked)}
-            for kind in _KINDS:
+            for kind in KINDS:
                 first, second = (shown(m, sparse=kind == "sparse") for m in (maps, moved))
                 for name in methods:
                     result[f"{kind}, {name}"] = similarity(first[name], second[name])
@@ -73,7 +71,7 @@ class Adversarial(OnSubjects):
         for where, values in parts.items():
             flipped = values["flipped"]
             if flipped.any():
-                claims += [_most_sensitive(values, kind, where) for kind in _KINDS]
+                claims += [_most_sensitive(values, kind, where) for kind in KINDS]
                 claims += [_reacts(values, where)] if not flipped.all() else []
             tables.append(_table(values, where))
         return Conclusion(
@@ -106,7 +104,7 @@ class Adversarial(OnSubjects):
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         figure, axes = plots.figure(2, width=3.6, height=2.8)
         values = stacked(found, "cifar-")
-        for ax, (kind, words) in zip(axes, _KINDS.items(), strict=True):
+        for ax, (kind, words) in zip(axes, KINDS.items(), strict=True):
             changed = {
                 name: values[f"{kind}, {name}"][values["flipped"]] for name in imagenet_methods()
             }
@@ -177,7 +175,7 @@ def _most_sensitive(values: Arrays, kind: str, where: str) -> Claim:
     changed = {name: values[f"{kind}, {name}"][values["flipped"]] for name in imagenet_methods()}
     pairs = compare(changed[RECTGRAD], {n: v for n, v in changed.items() if n not in OURS})
     return Claim(
-        f"{where}, {_KINDS[kind]}: where the class changes, no baseline's maps change more than "
+        f"{where}, {KINDS[kind]}: where the class changes, no baseline's maps change more than "
         "RectGrad's",
         not any(pair.higher for pair in pairs.values()),
         f"by the cosine of the maps before and after, {lower_than(RECTGRAD, pairs)}",
@@ -205,7 +203,7 @@ def _table(values: Arrays, where: str) -> Table:
     for name in imagenet_methods():
         cells = [
             f"{np.median(values[f'{kind}, {name}'][where_]):.2f}" if where_.any() else "–"
-            for kind in _KINDS
+            for kind in KINDS
             for where_ in (flipped, ~flipped)
         ]
         rows.append([name, *cells])

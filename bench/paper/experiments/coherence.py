@@ -13,12 +13,10 @@ from rectgrad_ref import picture
 
 from .. import plots
 from ..evidence import Claim, Conclusion, Table, compare, higher_than
-from ..maps import OURS, heatmaps, imagenet_methods, object_share, paper_methods, shown
+from ..maps import KINDS, OURS, heatmaps, imagenet_methods, object_share, paper_methods, shown
 from ..runner import Arrays, stacked
 from ..sources import Masked, Sources, normalized
 from .masked import OnMasked
-
-_KINDS = {"plain": "without final thresholding", "sparse": "with final thresholding"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class Coherence(OnMasked):
         maps = heatmaps(sources.network(), x, methods, keys=images.keys)
         result = {
             f"{kind}, {name}": object_share(heatmap, images.background)
-            for kind in _KINDS
+            for kind in KINDS
             for name, heatmap in shown(maps, sparse=kind == "sparse").items()
         }
         return result | {"area": 1 - images.background.mean(axis=(1, 2))}
@@ -58,7 +56,7 @@ class Coherence(OnMasked):
         shares = stacked(found)
         methods = list(paper_methods())
         claims = []
-        for kind, words in _KINDS.items():
+        for kind, words in KINDS.items():
             for ours in OURS:
                 others = {n: shares[f"{kind}, {n}"] for n in methods if n not in OURS}
                 pairs = compare(shares[f"{kind}, {ours}"], others)
@@ -70,7 +68,7 @@ class Coherence(OnMasked):
                     )
                 )
         medians = {name: float(np.median(v)) for name, v in shares.items()}
-        rows = [[n, *(f"{medians[f'{kind}, {n}']:.1%}" for kind in _KINDS)] for n in methods]
+        rows = [[n, *(f"{medians[f'{kind}, {n}']:.1%}" for kind in KINDS)] for n in methods]
         note = (
             "Fraction of Σ|map| on the object, median over images; the object takes "
             f"{shares['area'].mean():.0%} of the pixels."
@@ -81,7 +79,7 @@ class Coherence(OnMasked):
                 "one network (seed 0); the paper shows photographs and Inception V4."
             ),
             numbers=medians,
-            tables=[Table(["method", *_KINDS.values()], rows, note)],
+            tables=[Table(["method", *KINDS.values()], rows, note)],
             claims=claims,
             remarks=[
                 "Whether maps emphasise the same parts within a class (figure 15) is for the eye: "
@@ -92,7 +90,7 @@ class Coherence(OnMasked):
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         shares = stacked(found)
         figure, axes = plots.figure(2, width=3.4, height=2.6)
-        for ax, (kind, words) in zip(axes, _KINDS.items(), strict=True):
+        for ax, (kind, words) in zip(axes, KINDS.items(), strict=True):
             values = {name: 100 * shares[f"{kind}, {name}"] for name in paper_methods()}
             plots.boxes(ax, values, ours=OURS, label="attribution on the object, %", title=words)
             plots.reference(ax, "the object's area", x=100 * shares["area"].mean())

@@ -209,5 +209,5 @@ def _upper_quartiles(amounts: Mapping[str, np.ndarray], rows: np.ndarray) -> dic
 
 
 def _percent(values: Sequence[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.2%}" if len(values) > 1 else ""
+    spread = f" ± {np.std(values, ddof=1):.2%} (seed 0: {values[0]:.2%})" if len(values) > 1 else ""
     return f"{np.mean(values):.2%}{spread}"
