@@ -14,8 +14,9 @@ import numpy as np
 from ..graph import Node
 from ..kernels import cpu as k
 from ..plan import Plan, Step
-from . import lowering
-from .lowering import Condition, Lowering, WeightStore, geometry, masks_border, renames
+from . import lowering, storage
+from .lowering import Condition, Lowering, geometry, masks_border, renames
+from .storage import WeightStore
 
 # Above this part of nonzeros a matrix product is faster than adding rows of weights one by one.
 DENSITY = 0.2
@@ -25,7 +26,7 @@ Columns = dict[int, int]
 
 
 @dataclass(eq=False)
-class Storage(lowering.Storage):
+class Storage(storage.Storage):
     """Floats and marks in a sample's arena."""
 
     touched: int
@@ -99,7 +100,7 @@ class Program(lowering.Program[Sheet]):
 class TableLowering(Lowering[Sheet, Program]):
     """Writes the rows of the table."""
 
-    executor, alignment, channels_last = "numba", lowering.LINE, True
+    executor, alignment, channels_last = "numba", storage.LINE, True
 
     def __init__(self, plan: Plan, weights: WeightStore, *, trace: bool) -> None:
         super().__init__(plan, weights, trace=trace)

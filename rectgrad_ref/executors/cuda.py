@@ -23,8 +23,9 @@ from ..graph import Node
 from ..kernels import cpu as modes
 from ..kernels import cuda as k
 from ..plan import Plan, Step
-from . import lowering
-from .lowering import Condition, Lowering, WeightStore, geometry, masks_border
+from . import lowering, storage
+from .lowering import Condition, Lowering, geometry, masks_border
+from .storage import WeightStore
 
 # Above this part of possible nonzeros a dense product is faster (estimated; to be measured).
 DENSITY = 0.05
@@ -40,7 +41,7 @@ Scalar = int | float | np.float32
 
 
 @dataclass(eq=False)
-class Storage(lowering.Storage):
+class Storage(storage.Storage):
     """Floats of the arena: N rows, so far apart."""
 
     stride: int

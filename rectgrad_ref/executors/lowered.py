@@ -17,8 +17,9 @@ from ..plan import Plan, Step
 from ..reference import NOTHING
 from ..rules.declared import Call, Values
 from .crew import at_fork
-from .lowering import Lowering, NoWeights, P, WeightStore, is_lowerable
+from .lowering import Lowering, P, is_lowerable
 from .runner import Observer, Runner, SeedOf, StepwiseRunner, asked, constants_of, layers_of
+from .storage import NoWeights, WeightStore
 
 
 class _Memory(Protocol):

@@ -1,4 +1,4 @@
-"""What both compiled backends lower with."""
+"""Where lowered plans keep what they need."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from walk_cases import METHODS, Net, OnNumpy, plan_of, walked
 
 from rectgrad_ref.executors.compiled import CompiledBackend
-from rectgrad_ref.executors.lowering import Arena, WeightStore
 from rectgrad_ref.executors.runner import StepwiseRunner
+from rectgrad_ref.executors.storage import Arena, WeightStore
 from rectgrad_ref.forward import NumpyForward
 
 
