@@ -1,26 +1,17 @@
-"""The page of docs/demo in a headless browser: its maps are those of `explain`.
-
-Needs Chromium, and the npm package onnxruntime-web, whose folder `dist` the environment variable
-ORT_WEB_DIST names.
-"""
+"""The page of docs/demo in a headless browser: its maps are those of `explain`."""
 
 from __future__ import annotations
 
 import json
-import os
-import queue
-import shutil
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from chromium import runtime, visited
 from nets import Net, Op
 from PIL import Image
 
@@ -29,15 +20,6 @@ from rectgrad_ref import Explainer, picture
 
 ROOT = Path(rectgrad_ref.__file__).parents[1]
 CIFAR10_CNN = ROOT / "onnx_models" / "cifar10_cnn.onnx"
-HARNESS = """<!doctype html>
-<meta charset="utf-8">
-<script type="importmap">{"imports": {"onnxruntime-web": "./runtime/ort.wasm.min.mjs"}}</script>
-<iframe src="FRAME"></iframe>
-<script type="module">
-  const answer = (content) => fetch("/done", { method: "POST", body: JSON.stringify(content) });
-  try { await answer(await (async () => { SCRIPT })()); }
-  catch (error) { await answer({ error: String(error) }); }
-</script>"""
 EXPLAIN = """
   const { Explainer, PREPROCESSING } = await import("./explainer.js");
   const weights = { path: "weights.bin", data: "weights.bin" };
@@ -95,60 +77,14 @@ USE = """
   return found;"""
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """Serves the site, and takes what the page found."""
-
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-    }
-    answers: ClassVar[queue.Queue[dict[str, Any]]] = queue.Queue()
-
-    def do_POST(self) -> None:
-        self.answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page with everything that it loads."""
-    runtime = os.environ.get("ORT_WEB_DIST")
-    if browser() is None or runtime is None:
-        pytest.skip("needs chromium and ORT_WEB_DIST, the folder dist of onnxruntime-web")
+    dist = runtime()
     folder = tmp_path_factory.mktemp("demo") / "site"
     script = [sys.executable, str(ROOT / "docs" / "demo" / "build.py"), str(folder)]
-    subprocess.run([*script, "--runtime", runtime], check=True)
+    subprocess.run([*script, "--runtime", dist], check=True)
     return folder
-
-
-def browser() -> str | None:
-    return shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def visited(site: Path, script: str, profile: Path, frame: str = "about:blank") -> dict[str, Any]:
-    """What a script returns in a page of the site, with another page in a frame."""
-    page = HARNESS.replace("SCRIPT", script).replace("FRAME", frame)
-    (site / "harness.html").write_text(page, "utf-8")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    process = subprocess.Popen(
-        [str(browser()), *options, f"http://127.0.0.1:{server.server_port}/harness.html"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        found = Handler.answers.get(timeout=120)
-    finally:
-        process.terminate()
-        process.wait()
-        server.shutdown()
-    assert "error" not in found, found
-    return found
 
 
 def test_maps_in_the_browser(site: Path, tmp_path: Path) -> None:

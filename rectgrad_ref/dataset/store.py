@@ -144,9 +144,10 @@ class Store:
         import zarr
         from pyarrow import parquet
 
-        array = zarr.open_array(self._maps, mode="r+").with_config({"write_empty_chunks": True})
-        number = chunk.start // array.chunks[0]
         with self._writing():
+            maps_there = zarr.open_array(self._maps, mode="r+")
+            array = maps_there.with_config({"write_empty_chunks": True})
+            number = chunk.start // array.chunks[0]
             array[chunk.start : chunk.stop] = maps
             _flush(self._maps / array.metadata.encode_chunk_key((number, *[0] * (array.ndim - 1))))
             with atomic_write(self._table / f"{number:08}.parquet") as part:

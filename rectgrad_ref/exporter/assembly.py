@@ -80,7 +80,7 @@ def _reads(records: Iterable[Record]) -> set[str]:
     found: set[str] = set()
     for record in records:
         found.update(v for v in record.inputs if isinstance(v, str))
-        found |= _reads(record.body)
+        found = found.union(*map(_reads, record.bodies))
     return found
 
 
@@ -144,11 +144,25 @@ def _nodes(
     for record in records:
         inputs = [v if isinstance(v, str) else constants.add(v) for v in record.inputs]
         attributes = dict(record.attributes)
-        if record.body:
-            attributes["body"] = _body(record.body, constants, forward, image)
+        if record.op == "Loop":
+            (body,) = record.bodies
+            attributes["body"] = _body(body, constants, forward, image)
+        elif record.op == "If":
+            for branch, body in zip(("then_branch", "else_branch"), record.bodies, strict=True):
+                attributes[branch] = _branch(body, constants, forward, image)
         name = record.outputs[0].removesuffix("_0")
         nodes.append(helper.make_node(record.op, inputs, record.outputs, name=name, **attributes))
     return nodes
+
+
+def _branch(
+    records: Sequence[Record], constants: _Constants, forward: Sequence[onnx.NodeProto], image: str
+) -> onnx.GraphProto:
+    """Of an If; its value is that of the last record."""
+    (result,) = records[-1].outputs
+    nodes = _nodes(_needed(records, result), constants, forward, image)
+    output = helper.make_tensor_value_info(result, TensorProto.FLOAT, None)
+    return helper.make_graph(nodes, "branch", [], [output])
 
 
 def _body(

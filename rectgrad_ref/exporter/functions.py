@@ -211,7 +211,10 @@ def pad(x: Tensor, widths: dict[int, tuple[int, int]], fill: float = 0) -> Tenso
     both = [widths.get(axis, (0, 0)) for axis in range(x.ndim)]
     shape = [n + begin + end for n, (begin, end) in zip(x.shape, both, strict=True)]
     pads = np.array(both, np.int64).T.ravel()
-    return x.emit("Pad", pads, np.array(fill, x.dtype), shape=shape, mode="constant")
+    result = x.emit("Pad", pads, np.array(fill, x.dtype), shape=shape, mode="constant")
+    if not fill:
+        result.padded = x, widths
+    return result
 
 
 # --- functions ----------------------------------------------------------------------------------
@@ -354,6 +357,14 @@ def _pad(
 @spelling(np.clip)
 def _clip(x: Tensor, low: Any, high: Any) -> Any:
     return np.minimum(np.maximum(x, low), high)
+
+
+@spelling(np.take_along_axis)
+def _take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    if axis % x.ndim != x.ndim - 1:
+        raise NotTraceable("numpy.take_along_axis of another axis than the last")
+    # Not GatherElements, which fails in onnx's evaluator on long rows.
+    return x.emit("GatherND", indices[..., None], shape=indices.shape, batch_dims=x.ndim - 1)
 
 
 @spelling(np.put_along_axis)

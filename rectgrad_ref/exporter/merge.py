@@ -38,7 +38,8 @@ def _merged(a: Record, b: Record) -> Record:
     if (a.op, a.outputs, a.attributes) != (b.op, b.outputs, b.attributes):
         raise DiffersByBatch
     inputs = tuple(_one(a.op, x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
-    return replace(a, inputs=inputs, body=_each(a.body, b.body))
+    bodies = tuple(_each(x, y) for x, y in zip(a.bodies, b.bodies, strict=True))
+    return replace(a, inputs=inputs, bodies=bodies)
 
 
 def _one(op: str, x: str | np.ndarray, y: str | np.ndarray) -> str | np.ndarray:

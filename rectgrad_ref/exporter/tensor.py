@@ -46,15 +46,15 @@ class Record:
 
     Attributes
     ----------
-    body : sequence of Record
-        Of a Loop.
+    bodies : tuple of sequences of Record
+        Of a Loop, or of an If: what is done where the condition holds, and where it does not.
     """
 
     op: str
     inputs: tuple[str | np.ndarray, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
-    body: Sequence[Record] = ()
+    bodies: tuple[Sequence[Record], ...] = ()
 
 
 @dataclass
@@ -114,6 +114,8 @@ class Tensor(NDArrayOperatorsMixin):
         self.like = like
         self.non_negative = False  # where that is known, and of use
         self.narrow: Tensor | None = None  # of a widened float32, itself
+        # Of what was padded with zeros: what it was, and the zeros before and after it, by axis.
+        self.padded: tuple[Tensor, dict[int, tuple[int, int]]] | None = None
 
     @property
     def name(self) -> str:
@@ -159,8 +161,18 @@ class Tensor(NDArrayOperatorsMixin):
         return self.tape.emit(op, [self, *others], result, **attributes)[0]
 
     def on(self, tape: Tape) -> Tensor:
-        """The same value on the tape of a loop's body, which may read it."""
-        return Tensor(tape, self.name, self.shape, self.dtype)
+        """The same value on the tape of a body, which may read it."""
+        same = Tensor(tape, self.name, self.shape, self.dtype)
+        same.non_negative = self.non_negative
+        return same
+
+    def either(self, true: Tensor, false: Tensor) -> Tensor:
+        """An If on this value: what either tape does is done only where it is wanted."""
+        assert [true.name, false.name] == [x.tape.records[-1].outputs[0] for x in (true, false)]
+        name = f"{self.tape.scope}/If_{len(self.tape.records)}_0"
+        bodies = (true.tape.records, false.tape.records)
+        self.tape.records.append(Record("If", (self.name,), (name,), {}, bodies))
+        return Tensor(self.tape, name, true.shape, true.dtype)
 
     def become(self, other: Tensor) -> None:
         """What NumPy does in place: from now on this is `other`."""

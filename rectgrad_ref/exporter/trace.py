@@ -197,7 +197,7 @@ def _summed(
     body = tuple(tape.records)
     # The condition may be left out, but onnx's evaluator takes that for false.
     inputs = (np.array(method.passes), np.array(True), start.name)
-    values.tape.records.append(Record("Loop", inputs, ("passes/R",), {}, body))
+    values.tape.records.append(Record("Loop", inputs, ("passes/R",), {}, (body,)))
     return Tensor(values.tape, "passes/R", image.shape, FLOAT32)
 
 

@@ -16,7 +16,7 @@ from .. import threshold
 from .activation import derivative
 from .linear import conv_X
 from .pool import max_pool_redistribute, max_pool_split, max_pool_X
-from .registry import Array, find_vjp, is_variadic, values_named
+from .registry import Array, find_vjp, is_variadic, primitive, values_named
 
 if TYPE_CHECKING:
     from ..graph import Node
@@ -166,13 +166,17 @@ class Rectify(Rule):
 
     def __call__(self, call: Call) -> Array:
         (R,) = call.R
-        mask, _ = self.select(call.a, R, call.samples)
-        if call.node.op == "Relu":
-            if self.strict_relu:
-                mask &= call.a > 0
-        elif self.derivative:
-            R = R * call.slope(call.z)
-        return np.where(mask, R, 0)
+        is_relu = call.node.op == "Relu"
+        gradient = R if is_relu or not self.derivative else R * call.slope(call.z)
+        passed = let_pass(self, gradient, call.a, R, call.samples)
+        return np.where(call.a > 0, passed, 0) if is_relu and self.strict_relu else passed
+
+
+@primitive
+def let_pass(rule: Rectify, gradient: Array, a: Array, R: Array, samples: int) -> Array:
+    """The gradient at the units that the rule selects, and 0 elsewhere."""
+    mask, _ = rule.select(a, R, samples)
+    return np.where(mask, gradient, 0)
 
 
 @dataclass(frozen=True)

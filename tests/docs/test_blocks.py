@@ -1,4 +1,7 @@
-"""Every block of code in README.md and docs runs; those that need PyTorch: test_torch_blocks.py."""
+"""Every block of code in README.md, docs and bench runs, or the page says where else it does.
+
+Those that need PyTorch: test_torch_blocks.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,12 @@ NEEDS = {"docs/dataset.md": ("zarr", "pyarrow", "ray"),
 ELSEWHERE = {"docs/models/pytorch.md", "docs/models/timm.md"}
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "bench").rglob("*.md"),
+    ]
 )
 
 

@@ -331,6 +331,31 @@ def test_a_product_that_underflows_is_positive() -> None:
         np.testing.assert_array_equal(found, [[tiny, 0, 0, 0]])
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_long_layers_whose_threshold_is_zero_or_above(run: str) -> None:
+    """Above, only the largest scores are looked at; at 0, where products underflow, all are."""
+    rng, units, tiny = np.random.default_rng(0), 4096, np.float32(1e-30)
+    weights = rng.integers(-3, 4, (units, 2)).astype(np.float32)
+    x = rng.integers(-3, 4, (3, units)).astype(np.float32)
+    weights[0] = tiny
+    x[1], x[1, 0], x[1, 7] = -1, tiny, 2
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("MatMul", ["a", "w"], ["y"])]
+    net = nets.model(
+        nodes, ["N", units], "y", [onnx.numpy_helper.from_array(weights, "w")], opset=18
+    )
+    method = make_method("rectgrad", times_input=False, final_threshold=False)
+    proto = explainer_model(net, method)
+    assert "If" in {node.op_type for node in proto.graph.node}
+    explainer = Explainer(net, backend="reference", dtype="float32")
+    for some in (x, x[::2]):
+        expected = explainer.explain(some, method=method, target=0, trace=True)
+        found = RUNS[run](proto, feed_of(proto, some, 0))["attribution"]
+        np.testing.assert_array_equal(found, expected.values)
+        (layer,) = expected.layers().values()
+        assert (layer.tau == 0).tolist() == [False, True, False][:: 4 - len(some)]
+    assert explainer.explain(x, method=method, target=0).values[1, 0] == tiny
+
+
 # --- the file -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""What an exported explainer costs beside its model."""
