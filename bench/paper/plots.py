@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,12 +33,14 @@ _RELATIVES = {
 _SIZE = 8
 
 
-def figure(columns: int = 1, height: float = 2.6, width: float = 3.5) -> tuple[Figure, list[Axes]]:
-    """A row of axes, each `width` × `height` inches."""
+def figure(
+    columns: int = 1, height: float = 2.6, width: float = 3.5, *, share_x: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A row of axes, each `width` × `height` inches, of one range if told so."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width * columns, height), layout="constrained")
-    axes = [made.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = list(made.subplots(1, columns, sharex=share_x, squeeze=False)[0])
     for ax in axes:
         ax.tick_params(labelsize=_SIZE)
         ax.spines[["top", "right"]].set_visible(False)
@@ -65,6 +67,7 @@ def boxes(
     label: str,
     title: str = "",
     paper: Mapping[str, float] | None = None,
+    legend: bool = True,
 ) -> None:
     """Horizontal boxes in the given order: quartiles, whiskers to 1.5 times their distance.
 
@@ -93,7 +96,8 @@ def boxes(
         known = [i + 1 for i, name in enumerate(names) if name in paper]
         marks = [paper[names[i - 1]] for i in known]
         ax.plot(marks, known, "D", color=PAPER, markersize=4, label="paper's median", zorder=3)
-    _legend(ax)
+    if legend:
+        _legend(ax, ax)
     ax.set_yticks(range(1, len(names) + 1), names)
     ax.invert_yaxis()
     ax.set_xlabel(label, size=_SIZE)
@@ -123,7 +127,7 @@ def curves(
     ax.set_ylabel(ylabel, size=_SIZE)
     ax.set_title(title, size=_SIZE + 1)
     if legend:
-        _legend(ax)
+        _legend(ax, ax)
 
 
 def points(
@@ -142,20 +146,19 @@ def points(
     ax.set_title(title, size=_SIZE + 1)
 
 
-def reference(ax: Axes, label: str, *, x: float | None = None, y: float | None = None) -> None:
-    """A dashed line to compare with, named in the legend."""
+def reference(ax: Axes, label: str = "", *, x: float | None = None, y: float | None = None) -> None:
+    """A dashed line to compare with, named in the legend where there is room for one."""
     dashed: dict[str, Any] = {"color": "0.6", "linewidth": 0.8, "linestyle": "--", "label": label}
     if x is not None:
         ax.axvline(x, **dashed)
     if y is not None:
         ax.axhline(y, **dashed)
-    _legend(ax)
+    _legend(ax, ax)
 
 
 def shared_legend(made: Figure, ax: Axes) -> None:
-    """One legend beside all axes, of the lines in one of them."""
-    handles, labels = ax.get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside right center", fontsize=_SIZE - 1, frameon=False)
+    """One legend beside all axes, of what is in one of them."""
+    _legend(made, ax, loc="outside right center")
 
 
 def save(made: Figure, folder: Path, name: str) -> str:
@@ -164,8 +167,11 @@ def save(made: Figure, folder: Path, name: str) -> str:
     return f"{name}.png"
 
 
-def _legend(ax: Axes) -> None:
-    """Of whatever has a label, each label once."""
+def _legend(
+    place: Axes | Figure, ax: Axes, loc: Literal["best", "outside right center"] = "best"
+) -> None:
+    """Of whatever has a label in `ax`, each label once."""
     handles, labels = ax.get_legend_handles_labels()
     if named := dict(zip(labels, handles, strict=True)):
-        ax.legend(named.values(), named.keys(), fontsize=_SIZE - 1, frameon=False)
+        keys, values = list(named), list(named.values())
+        place.legend(values, keys, loc=loc, fontsize=_SIZE - 1, frameon=False)

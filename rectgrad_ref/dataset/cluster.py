@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..errors import BackendUnavailable, RectGradError
+from ..explainer import Explainer
 from .job import Job
 from .store import Store
 
 # Chunks that a worker is given at once, if there are enough for all. It reads the next of them
 # while it explains one.
 _RUN = 4
-_PATIENCE = 10  # seconds
+_PATIENCE, _LONGER = 10, 60  # seconds, for an answer by anything, and by a cluster
 
 
 class _Worker:
@@ -24,7 +28,11 @@ class _Worker:
 
     def __init__(self, job: Job, store: Store) -> None:
         self.job, self.store = job, store
-        self.explainer = job.explainer()
+
+    @cached_property
+    def explainer(self) -> Explainer:
+        # Not in the constructor, whose errors Ray wraps in pages of its own.
+        return self.job.explainer()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         # In place of a worker that died, those that it had finished are not made again.
@@ -105,11 +113,18 @@ def _connect(ray: Any, address: str) -> None:
     host, colon, port = address.rpartition(":")
     try:
         if colon:
-            # Ray itself tries for minutes.
+            # Ray itself tries for minutes, and at another program's port for ever.
             socket.create_connection((host, int(port)), _PATIENCE).close()
+            status = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+            subprocess.run(status, timeout=_LONGER, check=True, capture_output=True, text=True)
         ray.init(address=address, log_to_driver=False, logging_level="error")
+        return
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired:
+        reason = "what listens there does not answer as Ray does"
     except (OSError, ValueError, RuntimeError) as error:
-        raise BackendUnavailable(
-            f"no Ray cluster at {address}: {error}. Start one with 'ray start --head', or use "
-            "'local'"
-        ) from error
+        reason = str(error)
+    raise BackendUnavailable(
+        f"no Ray cluster at {address}: {reason}. Start one with 'ray start --head', or use 'local'"
+    )

@@ -115,7 +115,7 @@ class Rows(Source):
             path = self.root / name
             try:
                 yield from self._rows(path, row)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # the last of codecs
                 raise InvalidImage(f"cannot read {path}: {error}") from error
             row = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from bench.paper.evidence import (
     least_sure,
     quartiles,
 )
-from bench.paper.experiments import SUITE, feature_map_occlusion, roar
+from bench.paper.experiments import SUITE, feature_map_occlusion, roar, training_occlusion
 from bench.paper.experiments.adversarial import fast_gradient_sign, value_range
 from bench.paper.maps import (
     RECTGRAD,
@@ -45,6 +45,7 @@ from bench.paper.maps import (
     similarity,
     total_variation,
 )
+from bench.paper.plots import style
 from bench.paper.runner import Arrays, Experiment, Results, Unit, run, stacked
 from bench.paper.sources import Sources, normalized
 from rectgrad_ref import Explainer
@@ -84,6 +85,15 @@ def test_every_experiment_runs(
         pytest.importorskip("torch")
         few_estimators(monkeypatch)
     run_and_report(SUITE, EXPERIMENTS[name](**TINY[name]), small, tmp_path)
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("name", ["threshold_sweep", "adversarial"])
+def test_cifar_10_is_enough(name: str, small: Sources, tmp_path: Path) -> None:
+    alone = replace(small, classifier=None)
+    alone.__dict__["test"] = small.test
+    record = run_and_report(SUITE, EXPERIMENTS[name](**TINY[name]), alone, tmp_path)
+    assert len(record["tables"]) == 1
 
 
 def test_experiments_are_the_papers_by_default() -> None:
@@ -195,6 +205,18 @@ def test_the_published_report_is_made_of_the_published_numbers(tmp_path: Path) -
     assert_report_is_current(SUITE, tmp_path)
 
 
+def test_what_the_critics_found_stands_next_to_it() -> None:
+    text = (SUITE.folder / "RESULTS.md").read_text("utf-8")
+    assert "(../sanity/RESULTS.md#randomised-layers-adebayo-et-al-2018-sixt-et-al-2020)" in text
+
+
+def test_a_method_looks_the_same_in_all_plots() -> None:
+    assert style("RectGrad") == ("-", style("RectGrad PRR")[1]) == ("-", style("RectGrad, x")[1])
+    assert style("RectGrad PRR")[0] == style("Random, blurred")[0] == "--"
+    assert len({style(name)[1] for name in ("Random", "RectGrad", "Saliency", "DeepLIFT")}) == 4
+    assert style("b", ["a", "b"]) != style("a", ["a", "b"])
+
+
 # --- statistics and measures ----------------------------------------------------------------------
 
 
@@ -223,6 +245,21 @@ def test_an_order_must_be_the_same_on_every_network() -> None:
     pair = compare(other + shift, {"": other})[""]
     assert pair.p < 1e-4 and pair.wins == 1 and not pair.lower and pair.agree == 2
     assert least_sure({"": pair}, "draws").endswith("the same on 2 of 3 draws")
+
+
+def test_a_number_may_be_compared_with() -> None:
+    above = np.random.default_rng(0).normal(1, 0.1, 50)
+    assert compare(above, {"": 0.5})[""].higher and not compare(above, {"": 1.0})[""].higher
+
+
+def test_an_order_of_quartiles_must_outlive_other_images() -> None:
+    rng = np.random.default_rng(0)
+    levels = {"RectGrad PRR": 1.0, "RectGrad": 2.0, "DeepLIFT": 3.0, "Saliency": 5.0}
+    amounts = {name: rng.normal(level, 1, (2, 100)) for name, level in levels.items()}
+    claim = training_occlusion._lowest_upper_quartiles(amounts)
+    assert claim.holds and "100.0%" in claim.evidence
+    amounts["Saliency"] = amounts["DeepLIFT"] + rng.normal(0.05, 1, (2, 100))
+    assert not training_occlusion._lowest_upper_quartiles(amounts).holds
 
 
 def test_quartiles_are_averaged_over_networks() -> None:
@@ -426,8 +463,7 @@ def test_quick_runs_on_the_real_data(name: str, real: Sources, tmp_path: Path) -
     if name == "roar":
         pytest.importorskip("torch")
     cls = EXPERIMENTS[name]
-    run(cls(**cls.quick), real, work=tmp_path, out=tmp_path / "out", console=Console(quiet=True))
-    assert (tmp_path / "out" / f"{name}.json").exists()
+    run_and_report(SUITE, cls(**cls.quick), real, tmp_path)
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from test_job import BROKEN, content
 
 from rectgrad_ref import explain_dataset
 from rectgrad_ref.dataset import Store
-from rectgrad_ref.errors import BackendUnavailable, OutputError
+from rectgrad_ref.errors import BackendUnavailable, InvalidModel, OutputError
 
 pytest.importorskip("zarr")
 ray = pytest.importorskip("ray")
@@ -114,6 +114,20 @@ def test_a_job_that_one_process_began_is_finished_by_several(
     run(model, folder, tmp_path / "out", preprocess=recipe(notes), ray="local", workers=1)
     run(model, folder, tmp_path / "one", preprocess=recipe(notes))
     assert content(tmp_path / "out") == content(tmp_path / "one")
+
+
+def test_a_worker_that_cannot_load_the_model_says_so(
+    model: Path, folder: Path, tmp_path: Path
+) -> None:
+    """As where the paths of this machine are not those of another."""
+    mine = tmp_path / "mine.onnx"
+    mine.write_bytes(model.read_bytes())
+
+    def gone(done: int, total: int) -> None:
+        mine.unlink(missing_ok=True)
+
+    with pytest.raises(InvalidModel, match=r"cannot read .*mine\.onnx"):
+        run(mine, folder, tmp_path / "out", ray="local", progress=gone)
 
 
 def test_a_worker_that_fits_nowhere(model: Path, folder: Path, tmp_path: Path) -> None:

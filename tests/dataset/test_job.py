@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -438,3 +439,15 @@ def test_a_cluster_that_cannot_be_reached(
     with pytest.raises(RectGradError, match=f"no Ray cluster at {address}"):
         run(model, folder, tmp_path / "out", ray=address)
     run(model, folder, tmp_path / "out", threads=1)  # the folder can still be used
+
+
+def test_another_program_at_the_clusters_address(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would wait for ever."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr("rectgrad_ref.dataset.cluster._LONGER", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(BackendUnavailable, match="does not answer as Ray does"):
+            run(model, folder, tmp_path / "out", ray=address)

@@ -160,6 +160,16 @@ def test_a_large_row_group_is_not_read_at_once(tmp_path: Path) -> None:
     assert most < 10_000_000  # of 30,000,000
 
 
+def test_a_damaged_chunk_is_said_by_its_file(tmp_path: Path) -> None:
+    source = in_zarr(tmp_path)
+    (source / "c" / "2" / "0" / "0" / "0").write_bytes(b"damaged")
+    items = find_source(source).items(0)
+    for _ in range(10):
+        next(items)
+    with pytest.raises(InvalidImage, match=r"cannot read .*pixels\.zarr: "):
+        next(items)
+
+
 @pytest.mark.parametrize(("place", "_names"), PLACES)
 def test_fingerprint_tells_a_change(
     place: Callable[[Path], Path], _names: Sequence[str], tmp_path: Path

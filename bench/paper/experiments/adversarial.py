@@ -102,7 +102,7 @@ class Adversarial(OnSubjects):
         )
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
-        figure, axes = plots.figure(2, width=3.6, height=2.8)
+        figure, axes = plots.figure(2, width=3.6, height=2.8, share_x=True)
         values = stacked(found, "cifar-")
         for ax, (kind, words) in zip(axes, KINDS.items(), strict=True):
             changed = {
@@ -110,7 +110,6 @@ class Adversarial(OnSubjects):
             }
             label = "cosine of the maps before and after"
             plots.boxes(ax, changed, ours=OURS, label=label, title=f"CIFAR-10, {words}")
-        axes[1].sharex(axes[0])
         return [plots.save(figure, folder, self.name)]
 
     def pictures(self, sources: Sources, folder: Path) -> None:

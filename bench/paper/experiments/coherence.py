@@ -89,12 +89,12 @@ class Coherence(OnMasked):
 
     def plot(self, conclusion: Conclusion, found: Mapping[str, Arrays], folder: Path) -> list[str]:
         shares = stacked(found)
-        figure, axes = plots.figure(2, width=3.4, height=2.6)
+        figure, axes = plots.figure(2, width=3.4, height=2.6, share_x=True)
         for ax, (kind, words) in zip(axes, KINDS.items(), strict=True):
             values = {name: 100 * shares[f"{kind}, {name}"] for name in paper_methods()}
-            plots.boxes(ax, values, ours=OURS, label="attribution on the object, %", title=words)
-            plots.reference(ax, "the object's area", x=100 * shares["area"].mean())
-        axes[1].sharex(axes[0])
+            label = "on the object, % (dashed: its area)"
+            plots.boxes(ax, values, ours=OURS, label=label, title=words)
+            plots.reference(ax, x=100 * shares["area"].mean())
         return [plots.save(figure, folder, self.name)]
 
     def pictures(self, sources: Sources, folder: Path) -> None:

@@ -168,8 +168,13 @@ class NoiseLevel(Experiment):
         for ax, (part, title) in zip(axes, _PARTS.items(), strict=True):
             paper = None if part == "background" else PAPER_VARIATION
             label = labels.get(part, labels["test"])
-            plots.boxes(ax, parts[part], ours=OURS, label=label, title=title, paper=paper)
-            ax.set_xscale("symlog", linthresh=1)  # logarithmic but for what is next to nothing
+            plots.boxes(
+                ax, parts[part], ours=OURS, label=label, title=title, paper=paper, legend=False
+            )
+            ax.set_xscale("log")
+            # Some whiskers end at zero.
+            ax.set_xlim(left=min(np.percentile(v, 25) for v in parts[part].values()) / 4)
+        plots.shared_legend(figure, axes[-1])
         return [plots.save(figure, folder, self.name)]
 
     def _by_part(self, found: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:

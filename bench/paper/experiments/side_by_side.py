@@ -12,15 +12,23 @@ import numpy as np
 
 from rectgrad_ref import picture
 
-from ..evidence import Claim, Conclusion, Table, compare, higher_than
-from ..maps import RECTGRAD, concentration, figure_1_methods, heatmaps, nonzero, shown
+from ..evidence import Claim, Conclusion, Table, compare, higher_than, lower_than
+from ..maps import (
+    RECTGRAD,
+    concentration,
+    figure_1_methods,
+    heatmaps,
+    nonzero,
+    relative_variation,
+    shown,
+)
 from ..runner import Arrays, Experiment, Results, Unit, batches, stacked
 from ..sources import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide(Experiment):
-    """Pictures, and how concentrated the maps are.
+    """Pictures, and how noisy and how concentrated the maps are.
 
     Attributes
     ----------
@@ -36,7 +44,7 @@ class SideBySide(Experiment):
         "and keeps to the object. (By eye.)"
     )
     quick: ClassVar[Mapping[str, Any]] = {"photos": 4}
-    revision = 2
+    revision = 3
 
     photos: int = 100
 
@@ -54,31 +62,38 @@ class SideBySide(Experiment):
             for name, heatmap in shown(maps, sparse=False).items():
                 result[f"nonzero, {name}"] = nonzero(heatmap)
                 result[f"concentration, {name}"] = concentration(heatmap)
+                result[f"variation, {name}"] = relative_variation(heatmap)
             return result
 
         return {key: partial(measures, rows) for key, rows in batches(len(photos), 4).items()}
 
     def conclude(self, sources: Sources, found: Mapping[str, Arrays]) -> Conclusion:
-        values = stacked(found)
+        values, methods = stacked(found), list(figure_1_methods())
         medians = {name: float(np.median(v)) for name, v in values.items()}
-        methods = list(figure_1_methods())
         rows = [
-            [name, f"{medians[f'nonzero, {name}']:.1%}", f"{medians[f'concentration, {name}']:.1%}"]
+            [
+                name,
+                f"{medians[f'nonzero, {name}']:.1%}",
+                f"{medians[f'concentration, {name}']:.1%}",
+                f"{medians[f'variation, {name}']:.2f}",
+            ]
             for name in methods
         ]
         head = ["method", "pixels that are not zero", "of Σ|map| on 5 % of the pixels"]
+        noise = {name: values[f"variation, {name}"] for name in methods}
         concentrations = {name: values[f"concentration, {name}"] for name in methods}
         return Conclusion(
             scale=(
-                f"{len(concentrations[RECTGRAD])} photographs, "
-                f"{sources.needed_classifier().path.stem}; the paper judges one by eye."
+                f"{len(noise[RECTGRAD])} photographs, {sources.needed_classifier().path.stem}; the "
+                "paper judges one by eye."
             ),
             numbers=medians,
-            tables=[Table(head, rows, "Medians over photographs.")],
+            tables=[Table([*head, "total variation / Σ|map|"], rows, "Medians over photographs.")],
             claims=[
-                _sharper(concentrations, "Deconvolution", ["Saliency"]),
-                _sharper(concentrations, "Guided BP", ["Saliency"]),
-                _sharper(concentrations, RECTGRAD, [n for n in methods if n != RECTGRAD]),
+                _less_noisy(noise, "Deconvolution", ["Saliency"]),
+                _less_noisy(noise, "Guided BP", ["Saliency"]),
+                _less_noisy(noise, RECTGRAD, methods[:-1]),
+                _more_concentrated(concentrations, RECTGRAD, methods[:-1]),
             ],
         )
 
@@ -90,7 +105,16 @@ class SideBySide(Experiment):
         picture.save(picture.side_by_side(found), folder / "figure_1.png")
 
 
-def _sharper(values: Mapping[str, np.ndarray], ours: str, others: Sequence[str]) -> Claim:
+def _less_noisy(values: Mapping[str, np.ndarray], ours: str, others: Sequence[str]) -> Claim:
+    pairs = compare(values[ours], {name: values[name] for name in others})
+    return Claim(
+        f"{ours} is less like noise than {', '.join(others)}",
+        all(pair.lower for pair in pairs.values()),
+        f"by the total variation / Σ|map|, {lower_than(ours, pairs)}",
+    )
+
+
+def _more_concentrated(values: Mapping[str, np.ndarray], ours: str, others: Sequence[str]) -> Claim:
     pairs = compare(values[ours], {name: values[name] for name in others})
     return Claim(
         f"{ours} is more concentrated than {', '.join(others)}",
