@@ -1038,8 +1038,10 @@ def advance(
     shared : float64 array
         Words that the team shares.
     member, members, barrier
-        This thread's number, the team's size, and where it meets.
+        This thread's number, the team's size, and where it meets: before they begin, so that what
+        each wrote is there, and when `rows` say where they stopped.
     """
+    wait(barrier, members)
     bound = table.copy()
     for sample in samples:
         bound[:, A_OFFSET] = table[:, A_OFFSET] + (first + sample) * table[:, A_LENGTH]
@@ -1051,6 +1053,7 @@ def advance(
         wait(barrier, members)
         if member == 0:
             rows[sample] = stopped
+    wait(barrier, members)
 
 
 @_kernel

@@ -189,18 +189,16 @@ class _Team:
                 self.chunk.program.floats[:, k.GUESS] = self.floats[:, k.GUESS]
                 return
             waiting = samples[rows[samples] == row]
-            wait(self.scratch.barrier, members)  # until all have looked at the rows
             try:
                 self._dense(walk, steps[row], waiting, member, members)
             except BaseException as error:  # nobody may be left waiting
                 self.errors.append(error)
-            wait(self.scratch.barrier, members)
+            wait(self.scratch.barrier, members)  # by now, all have looked at the rows
             if self.errors:
                 raise self.errors[0]
             if member == 0:
                 mark(sheets[steps[row].node.inputs[0]], walk.sheets[1], waiting)
                 rows[waiting] += 1
-            wait(self.scratch.barrier, members)
 
     def _dense(
         self, walk: _Walk, step: Step, samples: np.ndarray, member: int, members: int
@@ -235,4 +233,3 @@ class _Team:
             members,
             scratch.barrier,
         )
-        wait(scratch.barrier, members)
