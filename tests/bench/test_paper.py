@@ -399,6 +399,14 @@ def test_ranks_do_not_depend_on_the_batch(small: Sources) -> None:
     assert (whole[2:] == part).mean() > 0.99  # sums in another order may swap neighbours
 
 
+def test_versions_classified_better_than_the_unmodified_are_remarked() -> None:
+    half, most = np.array([[True, False]]), np.array([[True, True]])
+    correct = {"ROAR, unmodified, 0": half, "ROAR, Saliency, 0.5": half, "KAR, Random, 0.1": most}
+    assert roar.leaks(correct, ("ROAR",)) == []
+    (remark,) = roar.leaks(correct, ("ROAR", "KAR"))
+    assert "1 of 3 versions" in remark and "KAR, Random, 0.1" in remark and "100.0%" in remark
+
+
 def test_areas_by_the_trapezoid_rule() -> None:
     curves = np.array([[0.6], [0.4]])
     ends = [np.array([0.8]), np.array([0.1])]
