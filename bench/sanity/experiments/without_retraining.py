@@ -121,7 +121,7 @@ class WithoutRetraining(Roar):
                 ax,
                 {name: (retrained[name], given[name]) for name in retrained},
                 xlabel=f"{quantity}, retrained",
-                ylabel="the same, the network as it is" if ax is axes[0] else "",
+                ylabel="the same, without retraining" if ax is axes[0] else "",
                 title=test,
             )
         plots.shared_legend(figure, axes[0])
