@@ -33,7 +33,7 @@ from .runner import Observer
 
 # Memories that wait for the next call; more are made where more calls run at once.
 _KEPT = 2
-# Activations below which a walk back takes no longer than waking another thread.
+# Floats of all samples' arenas below which a walk back takes no longer than waking a thread.
 _WAKING = 2**19
 # Floats of one thread's arenas, so that they stay in its cache; but so many samples at least.
 _ARENAS, _SAMPLES = 2**19, 4
@@ -71,7 +71,7 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
 
     def walk_back(self, chunk: _Chunk, seed: np.ndarray, observe: Observer | None) -> np.ndarray:
         # Waking a thread takes as long as a walk back through a small network.
-        small = chunk.program.active_size < _WAKING
+        small = len(seed) * chunk.program.arena_size < _WAKING
         with Crew(1 if small else self.backend.threads) as crew:
             if observe is None and not chunk.program.by_rule and len(seed) >= crew.size:
                 return self._in_turns(chunk, seed, crew)
