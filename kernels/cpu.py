@@ -106,10 +106,34 @@ def _parts(members):
 
 
 @_inlined
-def _passing(mode, a, r, eps, ceiling):
-    """Mask of the nonzero gradients of a vector that pass without a threshold."""
+def _scores(mode, a, r, eps):
+    """The scores of a vector."""
+    shift = eps if mode == PASS_A_EPS_R else np.float32(0)
+    sign = np.uint32(0x7FFFFFFF if mode == PASS_ABS_AR else 0xFFFFFFFF)
+    return simd.score(a, r, shift, sign)
+
+
+@_inlined
+def _lets_pass(condition, a, r):
+    """Whether a nonzero gradient passes by signs, or exceeds a negative floor."""
+    mode, eps, ceiling, strict, floor = condition
+    if r == 0 or a >= ceiling:
+        return False
+    if floor < 0:
+        return _score(mode, a, r, eps) > floor and (a > 0 or not strict)
+    return _passes(mode, a, r, eps)
+
+
+@_inlined
+def _passing(condition, a, r):
+    """The same of a vector, as a mask."""
+    mode, eps, ceiling, strict, floor = condition
     zero = np.float32(0)
     mask = simd.differs(r, zero) & simd.misses(a, ceiling)
+    if floor < 0:
+        if strict:
+            mask &= simd.above(a, zero)
+        return mask & simd.above(_scores(mode, a, r, eps), floor)
     if mode == PASS_ACTIVE:
         return mask & simd.above(a, zero)
     if mode == PASS_POSITIVE:
@@ -136,18 +160,16 @@ def _emit(first, r, mask, end, channels, values):
 
 
 @_inlined
-def _emit_passing(
-    arena, row, active, where, width, mode, eps, ceiling, end, channels, values
-):  # fmt: skip
-    """Append the nonzero gradients that pass without a threshold; returns the new end."""
+def _emit_passing(arena, row, active, where, width, condition, end, channels, values):
+    """Append the gradients that pass; returns the new end."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
-        mask = _passing(mode, simd.load(active, where + c), r, eps, ceiling)
+        mask = _passing(condition, simd.load(active, where + c), r)
         end = _emit(c, r, mask, end, channels, values)
     for c in range(blocks, width):
-        r, a = arena[row + c], active[where + c]
-        if r != 0 and not a >= ceiling and _passes(mode, a, r, eps):
+        r = arena[row + c]
+        if _lets_pass(condition, active[where + c], r):
             channels[end] = c
             values[end] = r
             end += 1
@@ -155,29 +177,27 @@ def _emit_passing(
 
 
 @_inlined
-def _keep_passing(arena, row, active, where, width, mode, eps, ceiling):
-    """Clear the gradients that do not pass without a threshold."""
+def _keep_passing(arena, row, active, where, width, condition):
+    """Clear the gradients that do not pass."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
-        mask = _passing(mode, simd.load(active, where + c), r, eps, ceiling)
+        mask = _passing(condition, simd.load(active, where + c), r)
         simd.store(arena, row + c, simd.keep(r, mask))
     for c in range(blocks, width):
-        a = active[where + c]
-        if a >= ceiling or not _passes(mode, a, arena[row + c], eps):
+        if not _lets_pass(condition, active[where + c], arena[row + c]):
             arena[row + c] = 0
 
 
 @_inlined
-def _count_passing(arena, row, active, where, width, mode, eps, ceiling):
-    """How many nonzero gradients pass without a threshold."""
+def _count_passing(arena, row, active, where, width, condition):
+    """How many nonzero gradients pass."""
     blocks, n = width - width % simd.LANES, 0
     for c in range(0, blocks, simd.LANES):
         a, r = simd.load(active, where + c), simd.load(arena, row + c)
-        n += simd.lanes_in(_passing(mode, a, r, eps, ceiling))
+        n += simd.lanes_in(_passing(condition, a, r))
     for c in range(blocks, width):
-        r, a = arena[row + c], active[where + c]
-        n += r != 0 and not a >= ceiling and _passes(mode, a, r, eps)
+        n += _lets_pass(condition, active[where + c], arena[row + c])
     return n
 
 
@@ -186,16 +206,13 @@ def _emit_above(
     arena, row, active, where, width, mode, eps, bound, end, channels, values, scores
 ):  # fmt: skip
     """Append the units whose score is above `bound`; returns the new end."""
-    shift = eps if mode == PASS_A_EPS_R else np.float32(0)
-    sign = np.uint32(0x7FFFFFFF if mode == PASS_ABS_AR else 0xFFFFFFFF)
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
-        score = simd.score(simd.load(active, where + c), r, shift, sign)
+        score = _scores(mode, simd.load(active, where + c), r, eps)
         mask = simd.above(score, bound)
-        if mask:
-            simd.append(scores, end, score, mask)
-            end = _emit(c, r, mask, end, channels, values)
+        simd.append(scores, end, score, mask)
+        end = _emit(c, r, mask, end, channels, values)
     for c in range(blocks, width):
         r = arena[row + c]
         s = _score(mode, active[where + c], r, eps)
@@ -223,8 +240,10 @@ def nth_largest(values, k, counts):
     Histograms narrow the choice down until a bin is small; then quickselect. All are numbers.
     """
     n = values.size
-    while n > 4 * BINS:
+    while n > BINS // 4:
         low, high = _extremes(values, n)
+        if k == n - 1:
+            return low
         span = high - low
         if not (span > 0 and span < np.inf):
             break
@@ -309,30 +328,33 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, counts, fo
 @_kernel
 def _all_scores(op, arena, touched, active, mode, eps, work):
     """The scores of all units, 0 where one is no number; returns how many there are."""
-    width, n = op[S_C], 0
-    for p in range(op[S_H] * op[S_W]):
+    width, pixels = op[S_C], op[S_H] * op[S_W]
+    for p in range(pixels):
         row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
+        scores = work[p * width : (p + 1) * width]
+        if not touched[op[S_TOUCHED] + p]:
+            scores[:] = 0
+            continue
+        r, a = arena[row : row + width], active[where : where + width]
         for c in range(width):
-            s = np.float32(0)
-            if touched[op[S_TOUCHED] + p]:
-                s = _score(mode, active[where + c], arena[row + c], eps)
-            work[n] = s if s == s else np.float32(0)
-            n += 1
-    return n
+            s = _score(mode, a[c], r[c], eps)
+            scores[c] = s if s == s else np.float32(0)
+    return pixels * width
 
 
 @_kernel
-def _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr):
-    """Collect units of this member's pixels; bound < 0 stands for "whatever passes"."""
+def _scan(op, member, members, arena, touched, active, condition, bound, csr):
+    """Collect this member's units above a bound; where it is negative, those that pass."""
     parts = _parts(members)
     for part in range(member, parts, members):
         first, last = _share(op[S_H] * op[S_W], part, parts)
-        _scan_part(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr)
+        _scan_part(op, first, last, arena, touched, active, condition, bound, csr)
 
 
 @_kernel
-def _scan_part(op, first, last, arena, touched, active, mode, eps, ceiling, bound, csr):
+def _scan_part(op, first, last, arena, touched, active, condition, bound, csr):
     begins, ends, channels, values, scores = csr
+    mode, eps = condition[:2]
     width, marks = op[S_C], op[S_TOUCHED]
     source, stride, read, read_stride = op[S_OFFSET], op[S_STRIDE], op[A_OFFSET], op[A_STRIDE]
     end = first * width
@@ -342,23 +364,13 @@ def _scan_part(op, first, last, arena, touched, active, mode, eps, ceiling, boun
             row, where = source + p * stride, read + p * read_stride
             if bound < 0:
                 end = _emit_passing(
-                    arena, row, active, where, width, mode, eps, ceiling, end, channels, values
+                    arena, row, active, where, width, condition, end, channels, values
                 )
             else:
                 end = _emit_above(
-                    arena,
-                    row,
-                    active,
-                    where,
-                    width,
-                    mode,
-                    eps,
-                    bound,
-                    end,
-                    channels,
-                    values,
+                    arena, row, active, where, width, mode, eps, bound, end, channels, values,
                     scores,
-                )
+                )  # fmt: skip
         ends[p] = end
 
 
@@ -397,22 +409,32 @@ def _collected(op, csr, members, work):
         # What is found in one part lies without a gap.
         first, last = _share(op[S_H] * op[S_W], part, parts)
         if first < last:
-            for i in range(first * op[S_C], ends[last - 1]):
-                work[n] = scores[i]
-                n += 1
+            begin, end = first * op[S_C], ends[last - 1]
+            to, found = work[n:], scores[begin:end]
+            for i in range(found.size):
+                to[i] = found[i]
+            n += found.size
     return n
 
 
 @_kernel
-def _negatives(op, first, last, arena, touched, active, mode, eps):
-    count = 0
-    for p in range(first, last):
-        if touched[op[S_TOUCHED] + p]:
-            for c in range(op[S_C]):
+def _reach_zero(op, wanted, arena, touched, active, mode, eps):
+    """Whether more than `wanted` scores are not negative, as in rows that nothing has touched."""
+    width, marks, pixels = op[S_C], op[S_TOUCHED], op[S_H] * op[S_W]
+    found, left = pixels * width, 0
+    for p in range(pixels):
+        if touched[marks + p]:
+            found -= width
+            left += width
+    for p in range(pixels):
+        if found > wanted or found + left <= wanted:
+            break
+        if touched[marks + p]:
+            left -= width
+            for c in range(width):
                 r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-                if _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps) < 0:
-                    count += 1
-    return count
+                found += not _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps) < 0
+    return found > wanted
 
 
 @_kernel
@@ -423,19 +445,20 @@ def _between(lower, upper, fraction):
 
 
 @_kernel
-def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, members, barrier):
+def _find_tau(
+    op, arena, touched, active, csr, work, shared, condition, floats, member, members, barrier
+):  # fmt: skip
     """τ of this layer, after which the candidates in `csr` include every unit above it.
 
-    Returns τ; where it is negative or zero the candidates are not complete, and `_passes` or a scan
-    of all units decides. The candidates exceed a guess, or what a sample says: both only decide how
-    many there are.
+    Returns τ; where it is negative or zero the candidates are not complete, because others pass
+    too. They exceed a guess, or what a sample says: both only decide how many there are.
     """
     work, counts = work
-    mode, eps = op[MODE], np.float32(floats[EPS])
+    mode, eps = condition[:2]
     low, high = op[RANK_LOW], op[RANK_HIGH]
-    pixels = op[S_H] * op[S_W]
-    bound = np.float32(_GUESSED * floats[GUESS] * shared[PREVIOUS])
-    if bound == 0:
+    guess = floats[GUESS]
+    bound = np.float32(max(_GUESSED * guess, 0) * shared[PREVIOUS])
+    if guess == 0:
         if member == 0:
             shared[THRESHOLD] = _sampled_bound(
                 op, arena, touched, active, mode, eps, low, work, counts, csr[0]
@@ -443,8 +466,7 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
         wait(barrier, members)
         bound = np.float32(shared[THRESHOLD])
     while True:
-        ceiling = np.float32(np.nan)
-        _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr)
+        _scan(op, member, members, arena, touched, active, condition, bound, csr)
         wait(barrier, members)
         if member == 0:
             found = _collected(op, csr, members, work)
@@ -462,12 +484,11 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
                 shared[THRESHOLD] = less if less < bound else np.float32(0)
                 shared[FINAL] = 0
             else:
-                n = pixels * op[S_C]
-                below = _negatives(op, 0, pixels, arena, touched, active, mode, eps)
-                if n - below > low and found <= high:
+                zero = found <= high
+                if zero and _reach_zero(op, low, arena, touched, active, mode, eps):
                     shared[THRESHOLD] = 0
                 else:
-                    _all_scores(op, arena, touched, active, mode, eps, work)
+                    n = _all_scores(op, arena, touched, active, mode, eps, work)
                     upper = lower = nth_largest(work[:n], high, counts)
                     if low != high:
                         _all_scores(op, arena, touched, active, mode, eps, work)
@@ -479,27 +500,6 @@ def _find_tau(op, arena, touched, active, csr, work, shared, floats, member, mem
         wait(barrier, members)
         if done:
             return tau
-
-
-@_kernel
-def _scan_negative(op, member, members, arena, touched, active, mode, eps, ceiling, tau, csr):
-    """τ < 0: units of zero score pass as well, so every touched unit is compared."""
-    first, last = _share(op[S_H] * op[S_W], member, members)
-    begins, ends, channels, values, _ = csr
-    width = op[S_C]
-    end = first * width
-    for p in range(first, last):
-        begins[p] = end
-        if touched[op[S_TOUCHED] + p]:
-            for c in range(width):
-                r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-                a = active[op[A_OFFSET] + p * op[A_STRIDE] + c]
-                alive = not a >= ceiling and (a > 0 or not op[STRICT])
-                if r != 0 and alive and np.float64(_score(mode, a, r, eps)) > tau:
-                    channels[end] = c
-                    values[end] = r
-                    end += 1
-        ends[p] = end
 
 
 @_kernel
@@ -534,63 +534,66 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
     """Collect what passes the activation; or, too much for a scatter, leave it in the sheet."""
     if member == 0:
         shared[FILLED] = 0
-    mode, eps = op[MODE], np.float32(floats[EPS])
-    ceiling = np.float32(floats[CEILING])
-    thresholded = mode >= PASS_AR
-    tau = floats[TAU]
+    tau, condition = floats[TAU], _condition(op, floats, np.nan)
+    thresholded = op[MODE] >= PASS_AR
     if thresholded and np.isnan(tau):
         previous = shared[PREVIOUS]
         tau = _find_tau(
-            op, arena, touched, active, csr, work, shared, floats, member, members, barrier
-        )
+            op, arena, touched, active, csr, work, shared, condition, floats, member, members,
+            barrier,
+        )  # fmt: skip
         _remember(tau, floats, shared, previous)
-        if tau > 0:
-            _filter(op, member, members, active, tau, ceiling, csr)
-            wait(barrier, members)
-            return
-    if not thresholded or tau == 0:
-        few = _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, barrier)
-        if few:
-            whatever = np.float32(-1)
-            _scan(op, member, members, arena, touched, active, mode, eps, ceiling, whatever, csr)
-        elif member == 0:
-            shared[FILLED] = 1
-    elif tau > 0:
-        bound = np.float32(0)
-        _scan(op, member, members, arena, touched, active, mode, eps, ceiling, bound, csr)
-        _filter(op, member, members, active, tau, ceiling, csr)
-    else:
-        _scan_negative(op, member, members, arena, touched, active, mode, eps, ceiling, tau, csr)
+    elif thresholded and tau > 0:
+        _scan(op, member, members, arena, touched, active, condition, np.float32(0), csr)
+    if thresholded and tau > 0:
+        _filter(op, member, members, active, tau, np.float32(floats[CEILING]), csr)
+        wait(barrier, members)
+        return
+    if thresholded and tau < 0:
+        condition = _condition(op, floats, tau)
+    if _few_pass(op, arena, touched, active, condition, member, members, barrier):
+        _scan(op, member, members, arena, touched, active, condition, np.float32(-1), csr)
+    elif member == 0:
+        shared[FILLED] = 1
     wait(barrier, members)
+
+
+@_inlined
+def _condition(op, floats, tau):
+    """What `_passing` asks: with the largest score that does not exceed τ, NaN if there is none."""
+    floor = np.float32(tau)
+    if floor > tau:
+        floor = np.nextafter(floor, np.float32(-np.inf))
+    return op[MODE], np.float32(floats[EPS]), np.float32(floats[CEILING]), op[STRICT] != 0, floor
 
 
 @_inlined
 def _remember(tau, floats, shared, previous):
     """For the next sample: of images with larger gradients, every τ is larger, but not their ratio.
 
-    All members write the same.
+    Negative where τ was not positive. All members write the same.
     """
-    floats[GUESS] = 0
+    floats[GUESS] = -1
     if 0 < tau < np.inf:
         floats[GUESS] = tau / previous
         shared[PREVIOUS] = tau
 
 
 @_kernel
-def _few_pass(op, arena, touched, active, mode, eps, ceiling, member, members, barrier):
-    """Whether at most DENSE units pass without a threshold; if not, the others are cleared."""
+def _few_pass(op, arena, touched, active, condition, member, members, barrier):
+    """Whether at most DENSE units pass; if not, the others are cleared."""
     first, last = _share(op[S_H] * op[S_W], member, members)
     width, n = op[S_C], 0
     for p in range(first, last):
         if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
             row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
-            n += _count_passing(arena, row, active, where, width, mode, eps, ceiling)
+            n += _count_passing(arena, row, active, where, width, condition)
     if total(n, barrier, member, members) <= op[DENSE]:
         return True
     for p in range(first, last):
         _fill(op, arena, touched, p)
         row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
-        _keep_passing(arena, row, active, where, width, mode, eps, ceiling)
+        _keep_passing(arena, row, active, where, width, condition)
     return False
 
 
@@ -699,6 +702,18 @@ def _rows_within(op, top, row_first, row_last):
     return _kernel_range(top - row_first, op[DH], op[KH], row_last - row_first)
 
 
+@_inlined
+def _reaches_most(op, csr):
+    """Whether a scatter reaches nearly every row, so that to ask at each is more than to clear all.
+
+    As many windows as these nonzeros have would cover the target twice.
+    """
+    n, window = 0, op[KH] * op[KW]
+    for p in range(op[S_H] * op[S_W]):
+        n += csr[1][p] - csr[0][p]
+    return n * window >= 2 * op[SH] * op[SW] * op[T_H] * op[T_W]
+
+
 @_kernel
 def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last):
     """Add to the target's rows row_first … row_last and channels c_first … c_last.
@@ -713,6 +728,10 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
     per_filter, part = kh * kw * depth, c_last - c_first
     whole = part == depth
     one_run = whole and dw == 1 and stride == depth
+    at_once = one_run and _reaches_most(op, csr)
+    if at_once:
+        for q in range(row_first * width, row_last * width):
+            _touch(op, arena, touched, q)
     for y in range(s_height):
         top = y * sh - pad_top
         i_first, i_last = _rows_within(op, top, row_first, row_last)
@@ -724,7 +743,7 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
             j_first, j_last = _kernel_range(left, dw, kw, width)
             for i in range(i_first, i_last):
                 q = (top + i * dh) * width + left
-                if whole:
+                if whole and not at_once:
                     for j in range(j_first, j_last):
                         mark = marks + q + j * dw
                         if not touched[mark]:
@@ -894,15 +913,19 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
             p, left = y * op[S_W] + x, x * op[SW] - op[LEFT]
             if not touched[op[S_TOUCHED] + p]:
                 continue
+            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+            for i in range(own_first, own_last):
+                for j in range(j_first, j_last):
+                    _touch(op, arena, touched, (top + i * op[DH]) * op[T_W] + left + j * op[DW])
             for c in range(0, blocks, simd.LANES):
-                _pool_vector(op, arena, touched, active, p, top, left, own_first, own_last, c)
+                _pool_vector(op, arena, active, p, top, left, own_first, own_last, c)
             for c in range(blocks, width):
-                _pool_unit(op, arena, touched, active, p, top, left, own_first, own_last, c)
+                _pool_unit(op, arena, active, p, top, left, own_first, own_last, c)
 
 
 @_inlined
-def _pool_vector(op, arena, touched, active, p, top, left, own_first, own_last, c):
-    """Sixteen channels of one window."""
+def _pool_vector(op, arena, active, p, top, left, own_first, own_last, c):
+    """Sixteen channels of one window, all rows of which hold numbers."""
     r = simd.load(arena, op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST] + c)
     waiting = simd.differs(r, np.float32(0))
     if not waiting:
@@ -920,14 +943,13 @@ def _pool_vector(op, arena, touched, active, p, top, left, own_first, own_last, 
             a = simd.load(active, op[A_OFFSET] + q * op[A_STRIDE] + c)
             wins = waiting & simd.equals(a, best)
             waiting ^= wins
-            if wins and own_first <= i < own_last:
-                _touch(op, arena, touched, q)
+            if own_first <= i < own_last:
                 at = op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST] + c
                 simd.store(arena, at, simd.add(simd.load(arena, at), simd.keep(r, wins)))
 
 
 @_inlined
-def _pool_unit(op, arena, touched, active, p, top, left, own_first, own_last, c):
+def _pool_unit(op, arena, active, p, top, left, own_first, own_last, c):
     """One channel of one window."""
     r = arena[op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST] + c]
     if r == 0:
@@ -942,7 +964,6 @@ def _pool_unit(op, arena, touched, active, p, top, left, own_first, own_last, c)
             if a > best or (winner < 0 and a == best):
                 best, row, winner = a, i, q
     if own_first <= row < own_last:
-        _touch(op, arena, touched, winner)
         arena[op[T_OFFSET] + winner * op[T_STRIDE] + op[C_FIRST] + c] += r
 
 
@@ -1006,6 +1027,17 @@ def _add(op, arena, touched, weights, scaled, first, last):
         else:
             for c in range(width):
                 out[c] += r[c]
+
+
+@_kernel
+def read(arenas, touched, begin, stride, marks, result):
+    """Copy a sheet of all samples to (N, C, P), channels first; a row that holds nothing is 0."""
+    samples, channels, pixels = result.shape
+    for n in range(samples):
+        for p in range(pixels):
+            known, row = touched[n, marks + p] != 0, begin + p * stride
+            for c in range(channels):
+                result[n, c, p] = arenas[n, row + c] if known else np.float32(0)
 
 
 @njit(nogil=True, cache=True)

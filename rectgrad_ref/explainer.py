@@ -392,7 +392,8 @@ class _Run:
         if logits:
             self.logits = np.concatenate(logits)
             self.target = self._choose(self.logits, slice(None))
-        return np.concatenate(gradients) if gradients else np.zeros_like(self.x)
+        gradients = gradients or [np.zeros_like(self.x)]
+        return gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
 
     def _many_passes(self) -> np.ndarray:
         """Σₖ weight(k) · gradient at point(k), several points to a forward pass."""

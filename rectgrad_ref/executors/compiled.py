@@ -89,19 +89,20 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
         graph, program, dense = self.plan.graph, chunk.program, self.backend.dense
         result = np.empty(graph.shapes[graph.input] or (), np.float32)
         fitting = max(_SAMPLES, _ARENAS // program.arena_size)
-        group = min(fitting, -(-len(seed) // crew.size))
-        arenas, touched = chunk.memory.arenas(program, crew.size * group)
+        rounds = -(-len(seed) // (fitting * crew.size))
+        groups = np.array_split(np.arange(len(seed)), rounds * crew.size)
+        most = len(groups[0])
+        arenas, touched = chunk.memory.arenas(program, crew.size * most)
         teams = [_Team(chunk, i) for i in range(crew.size)]
-        starts = iter(range(0, len(seed), group))
+        waiting = iter(groups)
 
         def work(thread: int) -> None:
-            for first in starts:  # whoever is free takes the next
-                rows = slice(first, min(first + group, len(seed)))
-                own = slice(thread * group, thread * group + rows.stop - first)
-                walk = _Walk(chunk, dense, first, arenas[own], touched[own])
-                walk.plant(seed[rows])
-                teams[thread].run(walk, np.arange(len(walk.rows)), 0, 1)
-                result[rows] = walk.gradient(graph.input)
+            for group in waiting:  # whoever is free takes the next
+                own = slice(thread * most, thread * most + len(group))
+                walk = _Walk(chunk, dense, int(group[0]), arenas[own], touched[own])
+                walk.plant(seed[group])
+                teams[thread].run(walk, np.arange(len(group)), 0, 1)
+                result[group] = walk.gradient(graph.input)
 
         crew.map(work, range(crew.size))
         return result

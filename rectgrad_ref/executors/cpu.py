@@ -371,12 +371,9 @@ def array_of(
     sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
     """A copy of one sheet of all samples, in the value's own shape and axis order."""
-    rows, marks = _views(sheet, arenas, touched)
-    part = rows[:, :, sheet.first : sheet.first + sheet.channels]
-    result = np.empty((len(rows), sheet.channels, sheet.pixels), np.float32)
-    np.copyto(result, part.transpose(0, 2, 1))
-    if not marks.all():
-        np.copyto(result, np.float32(0), where=marks[:, None, :] == 0)
+    result = np.empty((len(arenas), sheet.channels, sheet.pixels), np.float32)
+    begin, marks = sheet.storage.offset + sheet.first, sheet.storage.touched
+    k.read(arenas, touched, begin, sheet.stride, marks, result)
     return result.reshape(shape)
 
 

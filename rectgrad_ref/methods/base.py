@@ -144,9 +144,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 def times_input(x: np.ndarray, R: np.ndarray, final_threshold: bool) -> np.ndarray:
     """x · R, then zero where not positive if `final_threshold` (paper 4.1)."""
     product = x * R
-    if final_threshold:
-        np.copyto(product, 0, where=~(product > 0))
-    return product
+    return np.fmax(product, 0, out=product) if final_threshold else product
 
 
 def named(names: Collection[str]) -> Matches:
