@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..graph import Node
 from ..kernels import cuda as k
 from ..plan import Plan
+from . import lowered
 from .cuda import (
     CLEARED,
     DTYPES,
@@ -104,7 +105,7 @@ def _model(nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
     return model.SerializeToString()
 
 
-class Memory:
+class Memory(lowered.Memory):
     """The arrays that launches name, as large as was ever asked for.
 
     Attributes

@@ -10,20 +10,13 @@ import numpy as np
 
 from ..kernels import cpu as k
 from ..kernels.team import new_barrier
+from . import lowered
+from .storage import aligned
 
 if TYPE_CHECKING:
     from .cpu import Program
 
-_LINE = 64  # bytes
 _SAMPLED = 2048  # the least that `kernels.cpu` wants of its scratch
-
-
-def aligned(size: int, dtype: type) -> np.ndarray:
-    """An array that begins with a cache line, for vectors that would else lie across two."""
-    itemsize = np.dtype(dtype).itemsize
-    raw = np.empty(size * itemsize + _LINE, np.uint8)
-    begin = -raw.ctypes.data % _LINE
-    return raw[begin : begin + size * itemsize].view(dtype)
 
 
 class _Growing:
@@ -68,7 +61,7 @@ class Scratch:
         return self._arrays.take(f"room {member}", size, np.float32)
 
 
-class Memory:
+class Memory(lowered.Memory):
     """Arenas and marks, activations, and scratch of every team."""
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,11 @@ SeedOf = Callable[[np.ndarray], np.ndarray]
 
 class Runner(Protocol):
     """A plan that is ready to run."""
+
+    @property
+    def keeps(self) -> Collection[str]:
+        """The values of the forward pass that the walk back reads."""
+        ...
 
     def __call__(
         self,
@@ -62,7 +67,11 @@ class StepwiseRunner:
 
     def __init__(self, plan: Plan, forward: Forward) -> None:
         self.plan, self.forward = plan, forward
-        self.constants = constants_of(plan, forward.dtype)
+
+    @property
+    def keeps(self) -> Collection[str]:
+        """The values of the forward pass that the walk back reads."""
+        return self.plan.exposes
 
     def __call__(
         self,
@@ -73,16 +82,17 @@ class StepwiseRunner:
         observe: Observer | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         plan, graph = self.plan, self.plan.graph
+        constants = constants_of(plan, self.forward.dtype)
         values = self.forward(graph, x, asked(plan, plan.exposes, observe))
         there: Values = NOTHING
         if plan.contrasts:
             assert baseline is not None
-            there = {**self.constants, **self.forward(graph, baseline, plan.exposes)}
+            there = {**constants, **self.forward(graph, baseline, plan.exposes)}
         logits = values[graph.logits]
         scores = logits.reshape(len(x), -1)
         R = walk(
             plan,
-            {**self.constants, **values},
+            {**constants, **values},
             seed_of(scores).reshape(logits.shape),
             baseline=there,
             observe=observe,

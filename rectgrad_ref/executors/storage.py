@@ -7,9 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .memory import aligned
-
 LINE = 16  # floats of a cache line; a vector that lies across two is slow
+
+
+def aligned(size: int, dtype: type) -> np.ndarray:
+    """An array that begins with a cache line."""
+    itemsize, line = np.dtype(dtype).itemsize, LINE * np.dtype(np.float32).itemsize
+    raw = np.empty(size * itemsize + line, np.uint8)
+    begin = -raw.ctypes.data % line
+    return raw[begin : begin + size * itemsize].view(dtype)
 
 
 @dataclass(eq=False)

@@ -15,13 +15,12 @@ from .. import analysis
 from ..attribution import Attribution, Layer
 from ..errors import BackendUnavailable, RectGradWarning
 from ..executors import BACKENDS
-from ..executors.runner import Runner, StepwiseRunner
+from ..executors.runner import StepwiseRunner
 from ..explainer import Explainer
 from ..forward import Forward
 from ..graph import Graph
 from ..methods import DeepLift, Method, RectGrad, make_method
 from ..model import ModelSource
-from ..plan import Plan
 from ..preprocess import PreprocessLike
 from .compare import Row, row_of, sensitivity
 from .engine import Conventions, Engine, Given
@@ -201,11 +200,6 @@ class _Remembering:
         return {name: self.values[name] for name in names}
 
 
-def _unprepared(forward: Forward, plan: Plan) -> Runner:
-    """A runner that keeps nothing: the float64 weights of a large network, in every plan."""
-    return lambda *arguments, **options: StepwiseRunner(plan, forward)(*arguments, **options)
-
-
 class _Examination:
     """All checks of one model on the same images."""
 
@@ -231,7 +225,7 @@ class _Examination:
         for name in (_EXACT, _SINGLE):  # NumPy's forward pass takes seconds in a large network
             backend = self.backends[name].backend
             forward = _Remembering(backend.forward, self.x)
-            runner = partial(_unprepared, forward)
+            runner = partial(StepwiseRunner, forward=forward)
             self.backends[name].backend = replace(backend, forward=forward, runner=runner)
         plural = "" if len(self.x) == 1 else "s"
         self.images = "seeded noise" if images is None else f"{len(self.x)} image{plural}"

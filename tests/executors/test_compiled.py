@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -290,26 +291,24 @@ def test_a_baseline_that_all_share_is_run_once(
         return run(self, graph, x, *arguments)
 
     monkeypatch.setattr(OnnxruntimeForward, "__call__", counted)
-    walk_of = CompiledRunner.__call__
 
-    def walked(self: Any, *arguments: Any, **options: Any) -> Any:
+    def passes(expected: list[int], **options: Any) -> Array:
         batches.clear()
-        result = walk_of(self, *arguments, **options)
-        seen.append(tuple(batches))
-        return result
+        values = explainer.explain(IMAGES, **options).values
+        assert batches == expected
+        return values
 
-    monkeypatch.setattr(CompiledRunner, "__call__", walked)
-    seen: list[tuple[int, ...]] = []
-    shared = np.full_like(IMAGES, 0.25)
+    n, shared = len(IMAGES), np.full_like(IMAGES, 0.25)
     other = np.concatenate([shared[:-1], shared[-1:] + 1])
-    maps, scored = [], []
-    for baseline in (0.25, shared, other):
-        maps.append(explainer.explain(IMAGES, method="deeplift", baseline=baseline).values)
-        scored.append(batches[-1])  # for the completeness gap
-    n, (one, many, last) = len(IMAGES), maps
-    assert seen == [(n, 1), (n, 1), (n, n)]
-    assert scored == [1, 1, n]
-    np.testing.assert_array_equal(one, many)
+    deeplift = partial(passes, method="deeplift")
+    one = deeplift([n, 1, 1], baseline=0.25)  # the last one for the completeness gap
+    same = deeplift([n], baseline=shared)
+    last = deeplift([n, n, n], baseline=other)
+    after = deeplift([n, 1], baseline=0.25)
+    passes([n], method="saliency")  # in the same memory
+    again = deeplift([n, 1], baseline=0.25)
+    for values in (same, after, again):
+        np.testing.assert_array_equal(values, one)
     np.testing.assert_allclose(last[:-1], one[:-1], atol=1e-6 * np.abs(one).max())
     assert np.abs(last[-1] - one[-1]).max() > 1e-3 * np.abs(one).max()
 
