@@ -444,13 +444,9 @@ def _positive_product(twin: Twin, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _deeplift(twin: Twin, x: Tensor) -> Callable[[], Tensor]:
-    black = torch.zeros_like(x[:1])  # the same baseline for all, so one sample is enough
-
-    def call() -> Tensor:
-        _infer(twin, black)
-        return x * _R(twin, x)
-
-    return call
+    # The same baseline for all, so one sample is enough; and in every call, so once is.
+    _infer(twin, torch.zeros_like(x[:1]))
+    return lambda: x * _R(twin, x)
 
 
 def _integrated_gradients(twin: Twin, x: Tensor, passes: int) -> Callable[[], Tensor]:
