@@ -585,6 +585,8 @@ def _few_pass(op, arena, touched, active, condition, member, members, barrier):
     first, last = _share(op[S_H] * op[S_W], member, members)
     width, n = op[S_C], 0
     for p in range(first, last):
+        if n > op[DENSE]:
+            break
         if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
             row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
             n += _count_passing(arena, row, active, where, width, condition)
@@ -627,6 +629,8 @@ def _compact(op, arena, touched, csr, shared, member, members, barrier):
     blocks = width - width % simd.LANES
     first, last = _share(op[S_H] * op[S_W], member, members)
     for p in range(first, last):
+        if n > op[DENSE]:
+            break
         if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
             n += _count_nonzero(arena, op[S_OFFSET] + p * op[S_STRIDE], width)
     few = total(n, barrier, member, members) <= op[DENSE]

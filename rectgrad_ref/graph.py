@@ -138,7 +138,7 @@ class Graph:
                 found[value].append(node)
         return {value: tuple(nodes) for value, nodes in found.items()}
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """Number of class scores per sample.
 

@@ -485,6 +485,7 @@ def rank_columns(units: int, q: float, convention: Any) -> tuple[Columns, dict[i
     ),
     st.sampled_from(PERCENTILES),
     st.sampled_from([0.0, 1e-6, 0.5]),
+    st.sampled_from([-1.0, 0.0, 1e-3, 1.0, 1e3]),
     st.sampled_from(TEAMS),
     generators(),
 )
@@ -495,15 +496,23 @@ def test_thresholds_are_those_of_the_reference(
     q: float,
     convention: Any,
     eps: float,
+    guess: float,
     members: int,
     rng: np.random.Generator,
 ) -> None:
+    """Whatever is guessed, and whether or not anything is."""
     a, R = (array.astype(np.float32) for array in KINDS[kind](rng, shape))
     rule = Rectify(score=SCORES[mode], q=q, percentile=convention, eps=eps)
     mask, tau = rule.select(a[None], R[None], 1)
     columns, numbers = rank_columns(a.size, q, convention)
     found, threshold = passed(
-        mode, a, R, columns, numbers | {k.EPS: eps}, members=members, around=(1, 2)
+        mode,
+        a,
+        R,
+        columns,
+        numbers | {k.EPS: eps, k.GUESS: guess},
+        members=members,
+        around=(1, 2),
     )
     assert threshold == tau[0]
     np.testing.assert_array_equal(found, np.where(mask[0], R, 0))
