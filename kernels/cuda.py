@@ -29,6 +29,8 @@ _device = cuda.jit(device=True)
 
 # A further mode of an activation: whatever is not zero passes.
 EVERYTHING = 6
+# A further mode of a score: it is there already.
+LISTED = 7
 
 # Threads of a block, at most; and floats of a tile of `transpose`, with one to spare in each row.
 THREADS = 512
@@ -39,9 +41,15 @@ BITS = 11
 DIGITS = -(-32 // BITS)
 BINS = 2**BITS
 COUNTS = 2 * BINS  # those of two ranks
-# Per sample: a known part of the bits and a rank, for each of two ranks.
-STATE = 4
+# Of each sample is counted how many scores lie above those that are listed, how many of these are
+# zero, how many others there are, and how many blocks have finished.
+TOTALS = 4
+_ABOVE, _ZEROS, _LISTED, _TICKETS = range(TOTALS)
+# Scores that a thread asks for at once; neighbours in a sample, of which 8 share a sector.
+ITEMS, RUN = 4, 4
+LANES = 32
 _ZERO = 0x7FFFFFFF
+_GOLDEN = 40503  # of 2¹⁶
 
 _score = _device(cpu._score.py_func)
 _passes = _device(cpu._passes.py_func)
@@ -99,23 +107,54 @@ def _clear(counts, wanted):
 
 
 @_device
-def _count(
-    counts, prefixes, wanted, step, arena, row, active, where, first, last, mode, eps
-):  # fmt: skip
-    """Count the digits of the units first … last whose digits before are the known ones.
+def _own(begin, i):
+    """The i-th place of this thread, of those from `begin` on."""
+    return begin + i * cuda.blockDim.x + cuda.threadIdx.x
 
-    Most scores are zero: each thread counts these for itself.
+
+@_device
+def _read(scores, begin, last, apart, arena, row, active, where, mode, eps):
+    """The scores at all places of this thread that lie before `last`.
+
+    None is waited for before all are asked for. Places are units, or, where `apart` > 0, those of
+    a sample: of RUN neighbours in each `apart` units, irregularly, as images and channels are
+    regular.
     """
-    zeros = 0
-    for u in range(first + cuda.threadIdx.x, last, cuda.blockDim.x):
-        s = _score(mode, active[where + u], arena[row + u], eps)
-        if s == 0:
-            zeros += 1
-            continue
-        key = _key(s)
-        for which in range(wanted):
-            if _agree(key, prefixes[which], step):
-                cuda.atomic.add(counts, which * BINS + _digit(key, step), 1)
+    gradients = cuda.local.array(ITEMS, np.float32)
+    activations = cuda.local.array(ITEMS, np.float32)
+    for i in range(ITEMS):
+        u = min(_own(begin, i), last - 1)
+        if apart > 0:
+            run = u // RUN
+            u = run * apart + ((run * _GOLDEN & 0xFFFF) * (apart - RUN) >> 16) + u % RUN
+        gradients[i], activations[i] = arena[row + u], active[where + u]
+    for i in range(ITEMS):
+        r = gradients[i]
+        scores[i] = r if mode == LISTED else _score(mode, activations[i], r, eps)
+
+
+@_device
+def _count(
+    counts, prefixes, wanted, step, zeros, last, apart, arena, row, active, where, mode, eps
+):  # fmt: skip
+    """Count the digits of the scores before `last` whose digits before are the known ones.
+
+    Most scores are zero: each thread counts these for itself, from `zeros` on.
+    """
+    scores = cuda.local.array(ITEMS, np.float32)
+    for begin in range(0, last, ITEMS * cuda.blockDim.x):
+        _read(scores, begin, last, apart, arena, row, active, where, mode, eps)
+        for i in range(ITEMS):
+            s = scores[i]
+            if _own(begin, i) >= last:
+                continue
+            if s == 0:
+                zeros += 1
+                continue
+            key = _key(s)
+            for which in range(wanted):
+                if _agree(key, prefixes[which], step):
+                    cuda.atomic.add(counts, which * BINS + _digit(key, step), 1)
     zero = np.uint32(_ZERO)
     for which in range(wanted):
         if zeros > 0 and _agree(zero, prefixes[which], step):
@@ -167,11 +206,57 @@ def _finish(prefixes, wanted, fraction, products, tau, sample):
         tau[sample] = lower if wanted == 1 else lower + products[0]
 
 
+@_device
+def _list(
+    values, totals, sample, lowest, highest, counts, found, arena, row, active, where, first, last,
+    units, mode, eps,
+):  # fmt: skip
+    """List the scores of units first … last whose first digit is lowest … highest.
+
+    Zeros are only counted, and so is what lies above.
+    """
+    thread = cuda.threadIdx.x
+    scores = cuda.local.array(ITEMS, np.float32)
+    places = cuda.local.array(ITEMS, np.int32)
+    above, zeros = 0, 0
+    for begin in range(first, last, ITEMS * cuda.blockDim.x):
+        _read(scores, begin, last, 0, arena, row, active, where, mode, eps)
+        for i in range(ITEMS):
+            places[i] = -1
+            digit = _digit(_key(scores[i]), 0)
+            if _own(begin, i) >= last or digit > highest:
+                continue
+            if digit < lowest:
+                above += 1
+            elif scores[i] == 0:
+                zeros += 1
+            else:
+                places[i] = cuda.atomic.add(found, 0, 1)
+        cuda.syncthreads()
+        if thread == 0:
+            found[1] = cuda.atomic.add(totals, sample * TOTALS + _LISTED, found[0])
+            found[0] = 0
+        cuda.syncthreads()
+        for i in range(ITEMS):
+            if places[i] >= 0:
+                values[sample * units + found[1] + places[i]] = scores[i]
+    # By lanes, so that neighbouring threads do not wait for each other.
+    cuda.atomic.add(counts, _ABOVE * LANES + thread % LANES, above)
+    cuda.atomic.add(counts, _ZEROS * LANES + thread % LANES, zeros)
+    cuda.syncthreads()
+    for what in range(thread, 2, cuda.blockDim.x):
+        total = 0
+        for i in range(LANES):
+            total += counts[what * LANES + i]
+        cuda.atomic.add(totals, sample * TOTALS + what, total)
+
+
 @_kernel
 def select(
-    arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau
+    arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau,
+    runs, first, last, values, totals,
 ):  # fmt: skip
-    """τ of each sample, by one block each.
+    """τ of each sample, by `gridDim.y` blocks each.
 
     Parameters
     ----------
@@ -185,6 +270,13 @@ def select(
         how far τ lies from the one to the other.
     tau : float64 array, (N,)
         The result.
+    runs, first, last
+        Both scores should lie between those of ranks `first` and `last` of a sample of
+        RUN · runs units; −1 and RUN · runs: nothing is known.
+    values : float32 array, (N · units,)
+        To write to.
+    totals : int32 array, (N · TOTALS,)
+        All zero before and after.
     """
     sample, thread = cuda.blockIdx.x, cuda.threadIdx.x
     counts = cuda.shared.array(COUNTS, np.int32)
@@ -192,80 +284,60 @@ def select(
     prefixes = cuda.shared.array(2, np.int64)
     ranks = cuda.shared.array(2, np.int64)
     products = cuda.shared.array(1, np.float64)
+    found = cuda.shared.array(TOTALS, np.int32)
+    row, where = base + sample * stride, a_base + sample * units
+    if thread == 0:
+        prefixes[0] = prefixes[1] = 0
+        ranks[0], ranks[1] = first, last
+        found[0] = 0
+    if runs > 0:
+        _clear(counts, 2)
+        _count(
+            counts, prefixes, 2, 0, 0, RUN * runs, units // runs, arena, row, active, where, mode,
+            eps,
+        )  # fmt: skip
+        for which in range(2):
+            _narrow(counts, which, 0, prefixes, ranks, sums)
+    _clear(counts, 1)
+    lowest = prefixes[0] >> _shift(0)
+    highest = prefixes[1] >> _shift(0) if last < RUN * runs else BINS - 1
+    _list(
+        values, totals, sample, lowest, highest, counts, found, arena, row, active, where,
+        units * cuda.blockIdx.y // cuda.gridDim.y, units * (cuda.blockIdx.y + 1) // cuda.gridDim.y,
+        units, mode, eps,
+    )  # fmt: skip
+
+    cuda.threadfence()
+    cuda.syncthreads()
+    if thread == 0:
+        found[0] = cuda.atomic.add(totals, sample * TOTALS + _TICKETS, 1)
+    cuda.syncthreads()
+    if found[0] < cuda.gridDim.y - 1:
+        return
+    cuda.threadfence()
+    cuda.syncthreads()
+    for what in range(thread, TOTALS, cuda.blockDim.x):
+        found[what] = cuda.atomic.exch(totals, sample * TOTALS + what, 0)
+    cuda.syncthreads()
+    above, zeros, size = found[_ABOVE], found[_ZEROS], found[_LISTED]
+    if above <= high and low < above + zeros + size:
+        arena, row, active, where, mode = values, sample * units, values, sample * units, LISTED
+    else:  # the sample was not like the others
+        above, zeros, size = 0, 0, np.int32(units)
     wanted = 1 if low == high else 2
     if thread == 0:
         prefixes[0] = prefixes[1] = 0
-        ranks[0], ranks[1] = low, high
-    row, where = base + sample * stride, a_base + sample * units
+        ranks[0], ranks[1] = low - above, high - above
+    else:
+        zeros = 0
     for step in range(DIGITS):
         _clear(counts, wanted)
         _count(
-            counts, prefixes, wanted, step, arena, row, active, where, 0, units, mode, eps
+            counts, prefixes, wanted, step, zeros, size, 0, arena, row, active, where, mode, eps
         )  # fmt: skip
         for which in range(wanted):
             _narrow(counts, which, step, prefixes, ranks, sums)
     _finish(prefixes, wanted, fraction, products, tau, sample)
-
-
-@_kernel
-def select_digit(
-    arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau,
-    step, totals, states, tickets,
-):  # fmt: skip
-    """One digit of τ of each sample, by `gridDim.y` blocks each; three launches make `select`.
-
-    Parameters
-    ----------
-    step : int
-        Which digit.
-    totals : int32 array, (N · COUNTS,); tickets : int32 array, (N,)
-        All zero before and after.
-    states : int64 array, (N · STATE,)
-        Taken along from digit to digit.
-    """
-    sample, thread = cuda.blockIdx.x, cuda.threadIdx.x
-    counts = cuda.shared.array(COUNTS, np.int32)
-    sums = cuda.shared.array(THREADS, np.int32)
-    prefixes = cuda.shared.array(2, np.int64)
-    ranks = cuda.shared.array(2, np.int64)
-    products = cuda.shared.array(1, np.float64)
-    is_last = cuda.shared.array(1, np.int32)
-    wanted = 1 if low == high else 2
-    if thread == 0:
-        for which in range(2):
-            at = sample * STATE + 2 * which
-            prefixes[which] = states[at] if step > 0 else 0
-            ranks[which] = states[at + 1] if step > 0 else (low if which == 0 else high)
-    _clear(counts, wanted)
-    first = units * cuda.blockIdx.y // cuda.gridDim.y
-    last = units * (cuda.blockIdx.y + 1) // cuda.gridDim.y
-    row, where = base + sample * stride, a_base + sample * units
-    _count(
-        counts, prefixes, wanted, step, arena, row, active, where, first, last, mode, eps
-    )  # fmt: skip
-    begin = sample * COUNTS
-    for i in range(thread, wanted * BINS, cuda.blockDim.x):
-        if counts[i] > 0:
-            cuda.atomic.add(totals, begin + i, counts[i])
-    cuda.threadfence()
-    cuda.syncthreads()
-    if thread == 0:
-        is_last[0] = cuda.atomic.add(tickets, sample, 1) == cuda.gridDim.y - 1
-    cuda.syncthreads()
-    if is_last[0] == 0:
-        return
-    for i in range(thread, wanted * BINS, cuda.blockDim.x):
-        counts[i] = cuda.atomic.exch(totals, begin + i, 0)
-    cuda.syncthreads()
-    for which in range(wanted):
-        _narrow(counts, which, step, prefixes, ranks, sums)
-    if thread == 0:
-        tickets[sample] = 0
-        for which in range(2):
-            states[sample * STATE + 2 * which] = prefixes[which]
-            states[sample * STATE + 2 * which + 1] = ranks[which]
-    if step == DIGITS - 1:
-        _finish(prefixes, wanted, fraction, products, tau, sample)
 
 
 # --- activations ----------------------------------------------------------------------------------

@@ -32,8 +32,10 @@ DENSITY = 0.05
 
 # Threads of a block that goes through units, and how many units one thread does.
 THREADS, UNITS = 256, 4
-# Of selection: units that a block counts at least, and blocks that fill a GPU.
-PART, BLOCKS = 8192, 264
+# Of selection: units of a block at least and at most, and blocks that fill a GPU.
+PARTS, BLOCKS = (4096, 32768), 264
+# Units of a sample from which a window of scores is estimated, by how many standard deviations.
+SAMPLE, DEVIATIONS = 2048, 6
 # Of lists and their transposes: threads of a block, neighbouring channels or pixels, and pixels.
 GROUP, LANES, PIXELS = 256, 32, 32
 
@@ -134,11 +136,9 @@ DTYPES: dict[str, Any] = {
     "which": np.int32,
     "counts": np.int32,
     "totals": np.int32,
-    "tickets": np.int32,
-    "states": np.int64,
     "tau": np.float64,
 }
-CLEARED = ("totals", "tickets")  # and so they stay
+CLEARED = ("totals",)  # and so they stay
 _LISTS = ("counts", "which", "values")
 
 
@@ -249,20 +249,17 @@ class LaunchLowering(Lowering[Sheet, Program]):
     def select(self, source: Sheet, active: int, condition: Condition) -> None:
         """Find τ of every sample."""
         units = source.units
-        parts = max(1, min(units // PART, BLOCKS // self.batch))
+        parts = max(-(-units // PARTS[1]), min(units // PARTS[0], BLOCKS // self.batch), 1)
+        self.need(
+            tau=self.batch, values=self.batch * units, totals=self.batch * k.TOTALS
+        )  # fmt: skip
         arguments = (
             "arena", *source.place, "active", active, units, condition.mode,
             np.float32(condition.eps), *condition.ranks, float(condition.fraction), "tau",
+            *_window(units, condition.ranks), "values", "totals",
         )  # fmt: skip
-        self.need(tau=self.batch)
         threads = (min(k.THREADS, 2 * THREADS),)
-        if parts == 1:
-            self.items.append(Launch("select", (self.batch,), threads, arguments))
-            return
-        self.need(totals=self.batch * k.COUNTS, tickets=self.batch, states=self.batch * k.STATE)
-        for step in range(k.DIGITS):
-            whole = (*arguments, step, "totals", "states", "tickets")
-            self.items.append(Launch("select_digit", (self.batch, parts), threads, whole))
+        self.items.append(Launch("select", (self.batch, parts), threads, arguments))
 
     def listed(self, step: Step, source: Sheet, active: int, condition: Condition) -> None:
         """A convolution's or matrix's transpose by a list of what meets the condition."""
@@ -408,6 +405,20 @@ class LaunchLowering(Lowering[Sheet, Program]):
         """Height and width of the input and of the output, and the window."""
         image, result = self.extents(node.inputs[0]), self.extents(node.outputs[0])
         return (*image[1:], *result[1:], *geometry(node, image))
+
+
+def _window(units: int, ranks: tuple[int, int]) -> tuple[int, int, int]:
+    """Runs of a sample of the units, and the ranks in it between which those ranks will be.
+
+    Few units are not worth a sample.
+    """
+    if units < 4 * SAMPLE:
+        return 0, -1, 0
+    low, high = (rank / units for rank in ranks)
+    margins = (DEVIATIONS * np.sqrt(SAMPLE * p * (1 - p)) + DEVIATIONS for p in (low, high))
+    below, above = (int(np.ceil(margin)) for margin in margins)
+    first, last = int(SAMPLE * high) - above, int(SAMPLE * low) + below
+    return SAMPLE // k.RUN, max(first, -1), min(last, SAMPLE)
 
 
 def _compared(condition: Condition) -> tuple[Scalar | str, ...]:

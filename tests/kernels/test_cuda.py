@@ -94,29 +94,26 @@ def integers(seed: int, *shape: int, high: int = 4, density: float = 0.6) -> Arr
 # --- selection ------------------------------------------------------------------------------------
 
 
+Places = tuple[int, int, int]
+ALL_UNITS: Places = (0, -1, 0)
+
+
 def selected(
-    a: Array, R: Array, mode: int, low: int, high: int, fraction: float, parts: int
-) -> Array:
+    a: Array, R: Array, mode: int, low: int, high: int, fraction: float, parts: int,
+    window: Places = ALL_UNITS,
+) -> Array:  # fmt: skip
     """τ of each sample, by one block or by several."""
     n, units = R.shape
     arena = Arena()
     place = arena.put(R)
     active = np.append(np.full(GAP, np.nan, np.float32), a)
-    tau = np.full(n, np.nan)
-    arguments = (
-        arena.floats, *place, active, GAP, units, mode, f32(EPS), units - 1 - low, units - 1 - high,
-        fraction, tau,
+    tau, values = np.full(n, np.nan), np.full(n * units, np.nan, np.float32)
+    totals = np.zeros(n * k.TOTALS, np.int32)
+    launch(
+        k.select, (n, parts), (THREADS,), arena.floats, *place, active, GAP, units, mode, f32(EPS),
+        units - 1 - low, units - 1 - high, fraction, tau, *window, values, totals,
     )  # fmt: skip
-    if parts == 1:
-        launch(k.select, (n,), (THREADS,), *arguments)
-        return tau
-    totals, tickets = np.zeros(n * k.COUNTS, np.int32), np.zeros(n, np.int32)
-    states = np.full(n * k.STATE, -1, np.int64)
-    for step in range(k.DIGITS):
-        launch(
-            k.select_digit, (n, parts), (THREADS,), *arguments, step, totals, states, tickets
-        )  # fmt: skip
-        assert not totals.any() and not tickets.any()
+    assert not totals.any()
     return tau
 
 
