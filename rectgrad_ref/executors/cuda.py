@@ -256,7 +256,7 @@ class LaunchLowering(Lowering[Sheet, Program]):
         arguments = (
             "arena", *source.place, "active", active, units, condition.mode,
             np.float32(condition.eps), *condition.ranks, float(condition.fraction), "tau",
-            *_window(units, condition.ranks), "values", "totals",
+            *_sample(units, condition.ranks), "values", "totals",
         )  # fmt: skip
         threads = (min(k.THREADS, 2 * THREADS),)
         self.items.append(Launch("select", (self.batch, parts), threads, arguments))
@@ -407,7 +407,7 @@ class LaunchLowering(Lowering[Sheet, Program]):
         return (*image[1:], *result[1:], *geometry(node, image))
 
 
-def _window(units: int, ranks: tuple[int, int]) -> tuple[int, int, int]:
+def _sample(units: int, ranks: tuple[int, int]) -> tuple[int, int, int]:
     """Runs of a sample of the units, and the ranks in it between which those ranks will be.
 
     Few units are not worth a sample.

@@ -74,6 +74,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             ("GROUP", 1),
             ("LANES", 1),
             ("BLOCKS", 8),
+            ("SAMPLE", 16),
         ):
             monkeypatch.setattr(lowering, name, size)
         # Shorter digits: fewer bins to go through.
@@ -121,7 +122,7 @@ def test_every_step(
     chosen = METHODS[method]
     for density in (0.0, 1.0) if not SIMULATED else (float(len(net + method) % 2),):
         monkeypatch.setattr(lowering, "DENSITY", density)
-        monkeypatch.setattr(lowering, "PART", 10**9 if density else 50)
+        monkeypatch.setattr(lowering, "PARTS", (10**9,) * 2 if density else (50, 100))
         plan, forward = plan_of(NETS[net], chosen), OnDevice()
         runner, x = runner_of(plan, forward), NETS[net].images(plan.graph.batch)
         R = check_every_step(runner, forward, chosen, x, walks)

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from cuda_device import MARKS, SIMULATED
 from helpers import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rectgrad_ref.executors import cuda as lowering
 from rectgrad_ref.graph import Node
 from rectgrad_ref.kernels import cuda as k
 from rectgrad_ref.kernels.cpu import (
@@ -37,7 +40,16 @@ from rectgrad_ref.rules.pool import (
     max_pool_X,
 )
 from rectgrad_ref.rules.window import Window
-from rectgrad_ref.threshold import PERCENTILES, Score, exceeds, percentile, ranks, scores, signs
+from rectgrad_ref.threshold import (
+    PERCENTILES,
+    Score,
+    at_rank,
+    exceeds,
+    percentile,
+    ranks,
+    scores,
+    signs,
+)
 
 Array = np.ndarray
 pytestmark = MARKS
@@ -94,13 +106,14 @@ def integers(seed: int, *shape: int, high: int = 4, density: float = 0.6) -> Arr
 # --- selection ------------------------------------------------------------------------------------
 
 
+# Runs of a sample, and two ranks in it.
 Places = tuple[int, int, int]
-ALL_UNITS: Places = (0, -1, 0)
+NO_SAMPLE: Places = (0, -1, 0)
 
 
 def selected(
     a: Array, R: Array, mode: int, low: int, high: int, fraction: float, parts: int,
-    window: Places = ALL_UNITS,
+    sample: Places = NO_SAMPLE,
 ) -> Array:  # fmt: skip
     """τ of each sample, by one block or by several."""
     n, units = R.shape
@@ -111,7 +124,7 @@ def selected(
     totals = np.zeros(n * k.TOTALS, np.int32)
     launch(
         k.select, (n, parts), (THREADS,), arena.floats, *place, active, GAP, units, mode, f32(EPS),
-        units - 1 - low, units - 1 - high, fraction, tau, *window, values, totals,
+        units - 1 - low, units - 1 - high, fraction, tau, *sample, values, totals,
     )  # fmt: skip
     assert not totals.any()
     return tau
@@ -142,21 +155,66 @@ def scattered(seed: int, kind: str, units: int) -> tuple[Array, Array]:
 KINDS = ("usual", "ties", "zero", "negative", "sparse", "extreme", "not a number")
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_thresholds_are_those_of_the_reference(kind: str, parts: int) -> None:
+def test_thresholds_are_those_of_the_reference(
+    kind: str, parts: int, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     units = 67 if SIMULATED else 50_003
+    monkeypatch.setattr(lowering, "SAMPLE", units // 4 - units // 4 % k.RUN)
     conventions = zip(PERCENTILES, (98.0, 50.0, 0.0, 100.0, 90.0, 75.0), strict=True)
     cases = list(itertools.product(SCORES, conventions))
     # The simulator takes its time: two scores and conventions of each kind.
-    first = KINDS.index(kind)
+    first = KINDS.index(kind) + 2 * parts + sampled
     for mode, (convention, q) in cases[first % 6 :: 8] if SIMULATED else cases:
         a, R = scattered(units + mode, kind, units)
         with np.errstate(all="ignore"):
             low, high, fraction = ranks(units, q, convention)
-            found = selected(a, R, mode, low, high, fraction, parts)
+            own = (units - 1 - low, units - 1 - high)
+            sample = lowering._sample(units, own) if sampled else NO_SAMPLE
+            assert (sample[0] > 0) == sampled
+            found = selected(a, R, mode, low, high, fraction, parts, sample)
             expected = percentile(scores(SCORES[mode], a, R, EPS), q, convention)
         np.testing.assert_array_equal(found, expected, f"{SCORES[mode]} {convention}")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_sample_that_misleads(parts: int) -> None:
+    """A score above what is listed, among it, and below it, from where it has to be looked for."""
+    a, R = scattered(1, "usual", 41)
+    a += 0.01
+    order = np.sort(a * R, axis=1)
+    for rank in range(0, 41, 8):
+        for place in (0, 12, 19):
+            found = selected(a, R, PASS_AR, rank, rank, 0.0, parts, (5, place, place))
+            np.testing.assert_array_equal(found, order[:, rank])
+
+
+SPECIAL = np.array(
+    [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, np.inf, -np.inf, np.nan], np.float32
+)
+
+
+@settings(max_examples=25 if SIMULATED else 500, deadline=None)
+@given(st.data())
+def test_any_sample_gives_the_same(data: st.DataObject) -> None:
+    """Special numbers and ties, of any units, parts, ranks and conclusions from the sample."""
+    units = data.draw(st.integers(1, 40))
+    number = st.one_of(
+        st.sampled_from(SPECIAL.tolist()), st.integers(-3, 3), st.floats(width=32)
+    )  # fmt: skip
+    R = np.array([data.draw(st.lists(number, min_size=units, max_size=units))], np.float32)
+    low = data.draw(st.integers(0, units - 1))
+    high = data.draw(st.sampled_from([low, min(low + 1, units - 1)]))
+    runs = data.draw(st.integers(0, units // k.RUN))
+    places = data.draw(st.tuples(*2 * [st.integers(-1, runs * k.RUN)]))
+    parts = data.draw(st.integers(1, 3))
+    with np.errstate(all="ignore"):
+        found = selected(np.ones_like(R), R, PASS_AR, low, high, 0.25, parts, (runs, *places))
+        below, above = (at_rank(R, rank) for rank in (low, high))
+        expected = below if low == high else below + (above - below) * 0.25
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("units", [1, 2, 3])
