@@ -40,14 +40,13 @@ TILE = 1056
 BITS = 11
 DIGITS = -(-32 // BITS)
 BINS = 2**BITS
-COUNTS = 2 * BINS  # those of two ranks
 # Of each sample is counted how many scores lie above those that are listed, how many of these are
 # zero, how many others there are, and how many blocks have finished.
 TOTALS = 4
 _ABOVE, _ZEROS, _LISTED, _TICKETS = range(TOTALS)
 # Scores that a thread asks for at once; neighbours in a sample, of which 8 share a sector.
 ITEMS, RUN = 4, 4
-LANES = 32
+LANES = WORD = 32
 _ZERO = 0x7FFFFFFF
 _GOLDEN = 40503  # of 2¹⁶
 
@@ -96,12 +95,13 @@ def _digit(key, step):
 @_device
 def _agree(key, prefix, step):
     """Whether the digits before are those of the prefix."""
-    return np.int64(key) >> 32 - BITS * step == prefix >> 32 - BITS * step
+    known = np.uint32(2**32 - (1 << 32 - BITS * step))
+    return (key ^ np.uint32(prefix)) & known == 0
 
 
 @_device
-def _clear(counts, wanted):
-    for i in range(cuda.threadIdx.x, wanted * BINS, cuda.blockDim.x):
+def _clear(counts):
+    for i in range(cuda.threadIdx.x, BINS, cuda.blockDim.x):
         counts[i] = 0
     cuda.syncthreads()
 
@@ -109,33 +109,33 @@ def _clear(counts, wanted):
 @_device
 def _own(begin, i):
     """The i-th place of this thread, of those from `begin` on."""
-    return begin + i * cuda.blockDim.x + cuda.threadIdx.x
+    return np.int32(begin + i * cuda.blockDim.x + cuda.threadIdx.x)
 
 
 @_device
-def _read(scores, begin, last, apart, arena, row, active, where, mode, eps):
+def _read(scores, begin, last, apart, gradients, activations, mode, eps):
     """The scores at all places of this thread that lie before `last`.
 
     None is waited for before all are asked for. Places are units, or, where `apart` > 0, those of
     a sample: of RUN neighbours in each `apart` units, irregularly, as images and channels are
     regular.
     """
-    gradients = cuda.local.array(ITEMS, np.float32)
-    activations = cuda.local.array(ITEMS, np.float32)
+    r = cuda.local.array(ITEMS, np.float32)
+    a = cuda.local.array(ITEMS, np.float32)
     for i in range(ITEMS):
         u = min(_own(begin, i), last - 1)
         if apart > 0:
             run = u // RUN
             u = run * apart + ((run * _GOLDEN & 0xFFFF) * (apart - RUN) >> 16) + u % RUN
-        gradients[i], activations[i] = arena[row + u], active[where + u]
+        at = np.uint32(u)  # of an index without a sign Numba need not ask whether it has one
+        r[i], a[i] = gradients[at], activations[at]
     for i in range(ITEMS):
-        r = gradients[i]
-        scores[i] = r if mode == LISTED else _score(mode, activations[i], r, eps)
+        scores[i] = r[i] if mode == LISTED else _score(mode, a[i], r[i], eps)
 
 
 @_device
 def _count(
-    counts, prefixes, wanted, step, zeros, last, apart, arena, row, active, where, mode, eps
+    counts, prefix, step, zeros, last, apart, gradients, activations, mode, eps
 ):  # fmt: skip
     """Count the digits of the scores before `last` whose digits before are the known ones.
 
@@ -143,7 +143,7 @@ def _count(
     """
     scores = cuda.local.array(ITEMS, np.float32)
     for begin in range(0, last, ITEMS * cuda.blockDim.x):
-        _read(scores, begin, last, apart, arena, row, active, where, mode, eps)
+        _read(scores, begin, last, apart, gradients, activations, mode, eps)
         for i in range(ITEMS):
             s = scores[i]
             if _own(begin, i) >= last:
@@ -152,25 +152,23 @@ def _count(
                 zeros += 1
                 continue
             key = _key(s)
-            for which in range(wanted):
-                if _agree(key, prefixes[which], step):
-                    cuda.atomic.add(counts, which * BINS + _digit(key, step), 1)
+            if _agree(key, prefix, step):
+                cuda.atomic.add(counts, _digit(key, step), 1)
     zero = np.uint32(_ZERO)
-    for which in range(wanted):
-        if zeros > 0 and _agree(zero, prefixes[which], step):
-            cuda.atomic.add(counts, which * BINS + _digit(zero, step), zeros)
+    if zeros > 0 and _agree(zero, prefix, step):
+        cuda.atomic.add(counts, _digit(zero, step), zeros)
     cuda.syncthreads()
 
 
 @_device
 def _narrow(counts, which, step, prefixes, ranks, sums):
-    """Find the digit in which the rank lies; it becomes known, and the rank one within it."""
+    """Find the digit in which a rank lies; it becomes known, and the rank one within it."""
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     part = (BINS + threads - 1) // threads
     first, last = min(thread * part, BINS), min((thread + 1) * part, BINS)
     own, rank = 0, ranks[which]
     for i in range(first, last):
-        own += counts[which * BINS + i]
+        own += counts[i]
     sums[thread] = own
     cuda.syncthreads()
     reach = 1
@@ -183,8 +181,8 @@ def _narrow(counts, which, step, prefixes, ranks, sums):
     above = sums[thread] - own
     if above <= rank < above + own:
         digit = first
-        while above + counts[which * BINS + digit] <= rank:
-            above += counts[which * BINS + digit]
+        while above + counts[digit] <= rank:
+            above += counts[digit]
             digit += 1
         prefixes[which] |= digit << _shift(step)
         ranks[which] = rank - above
@@ -207,25 +205,41 @@ def _finish(prefixes, wanted, fraction, products, tau, sample):
 
 
 @_device
+def _words(units):
+    """Of a sample's bits."""
+    return (units + WORD - 1) // WORD
+
+
+@_device
 def _list(
-    values, totals, sample, lowest, highest, counts, found, arena, row, active, where, first, last,
-    units, mode, eps,
+    listed, totals, sieve, lowest, highest, counts, found, gradients, activations, mode, eps
 ):  # fmt: skip
-    """List the scores of units first … last whose first digit is lowest … highest.
+    """List the scores of this block's units whose first digit is lowest … highest.
 
     Zeros are only counted, and so is what lies above.
     """
-    thread = cuda.threadIdx.x
+    sample, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     scores = cuda.local.array(ITEMS, np.float32)
     places = cuda.local.array(ITEMS, np.int32)
+    units = gradients.size
+    words = _words(units)
+    first = words * cuda.blockIdx.y // cuda.gridDim.y
+    last = words * (cuda.blockIdx.y + 1) // cuda.gridDim.y
+    bits = sample * words
+    for i in range(first + thread, last, threads):
+        sieve[bits + i] = 0
+    cuda.syncthreads()
+    first, last = first * WORD, min(last * WORD, units)
     above, zeros = 0, 0
-    for begin in range(first, last, ITEMS * cuda.blockDim.x):
-        _read(scores, begin, last, 0, arena, row, active, where, mode, eps)
+    for begin in range(first, last, ITEMS * threads):
+        _read(scores, begin, last, 0, gradients, activations, mode, eps)
         for i in range(ITEMS):
             places[i] = -1
-            digit = _digit(_key(scores[i]), 0)
-            if _own(begin, i) >= last or digit > highest:
+            u, digit = _own(begin, i), _digit(_key(scores[i]), 0)
+            if u >= last or digit > highest:
                 continue
+            if scores[i] != 0:
+                cuda.atomic.or_(sieve, bits + u // WORD, np.uint32(1 << u % WORD))
             if digit < lowest:
                 above += 1
             elif scores[i] == 0:
@@ -239,12 +253,12 @@ def _list(
         cuda.syncthreads()
         for i in range(ITEMS):
             if places[i] >= 0:
-                values[sample * units + found[1] + places[i]] = scores[i]
+                listed[found[1] + places[i]] = scores[i]
     # By lanes, so that neighbouring threads do not wait for each other.
     cuda.atomic.add(counts, _ABOVE * LANES + thread % LANES, above)
     cuda.atomic.add(counts, _ZEROS * LANES + thread % LANES, zeros)
     cuda.syncthreads()
-    for what in range(thread, 2, cuda.blockDim.x):
+    for what in range(thread, 2, threads):
         total = 0
         for i in range(LANES):
             total += counts[what * LANES + i]
@@ -254,7 +268,7 @@ def _list(
 @_kernel
 def select(
     arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau,
-    runs, first, last, values, totals,
+    runs, first, last, values, totals, sieve,
 ):  # fmt: skip
     """τ of each sample, by `gridDim.y` blocks each.
 
@@ -277,34 +291,35 @@ def select(
         To write to.
     totals : int32 array, (N · TOTALS,)
         All zero before and after.
+    sieve : uint32 array, (N · ⌈units / WORD⌉,)
+        The result, too: a bit for each unit, 0 only where the score is not above τ.
     """
     sample, thread = cuda.blockIdx.x, cuda.threadIdx.x
-    counts = cuda.shared.array(COUNTS, np.int32)
+    counts = cuda.shared.array(BINS, np.int32)
     sums = cuda.shared.array(THREADS, np.int32)
     prefixes = cuda.shared.array(2, np.int64)
     ranks = cuda.shared.array(2, np.int64)
     products = cuda.shared.array(1, np.float64)
     found = cuda.shared.array(TOTALS, np.int32)
-    row, where = base + sample * stride, a_base + sample * units
+    begin, own, where = base + sample * stride, sample * units, a_base + sample * units
+    gradients, listed = arena[begin : begin + units], values[own : own + units]
+    activations = active[where : where + units]
     if thread == 0:
         prefixes[0] = prefixes[1] = 0
         ranks[0], ranks[1] = first, last
         found[0] = 0
     if runs > 0:
-        _clear(counts, 2)
+        _clear(counts)
         _count(
-            counts, prefixes, 2, 0, 0, RUN * runs, units // runs, arena, row, active, where, mode,
-            eps,
+            counts, 0, 0, 0, RUN * runs, units // runs, gradients, activations, mode, eps
         )  # fmt: skip
         for which in range(2):
             _narrow(counts, which, 0, prefixes, ranks, sums)
-    _clear(counts, 1)
+    _clear(counts)
     lowest = prefixes[0] >> _shift(0)
     highest = prefixes[1] >> _shift(0) if last < RUN * runs else BINS - 1
     _list(
-        values, totals, sample, lowest, highest, counts, found, arena, row, active, where,
-        units * cuda.blockIdx.y // cuda.gridDim.y, units * (cuda.blockIdx.y + 1) // cuda.gridDim.y,
-        units, mode, eps,
+        listed, totals, sieve, lowest, highest, counts, found, gradients, activations, mode, eps
     )  # fmt: skip
 
     cuda.threadfence()
@@ -320,8 +335,9 @@ def select(
         found[what] = cuda.atomic.exch(totals, sample * TOTALS + what, 0)
     cuda.syncthreads()
     above, zeros, size = found[_ABOVE], found[_ZEROS], found[_LISTED]
-    if above <= high and low < above + zeros + size:
-        arena, row, active, where, mode = values, sample * units, values, sample * units, LISTED
+    is_listed = above <= high and low < above + zeros + size
+    if is_listed:
+        gradients, activations, mode = listed, listed, LISTED
     else:  # the sample was not like the others
         above, zeros, size = 0, 0, np.int32(units)
     wanted = 1 if low == high else 2
@@ -330,14 +346,18 @@ def select(
         ranks[0], ranks[1] = low - above, high - above
     else:
         zeros = 0
-    for step in range(DIGITS):
-        _clear(counts, wanted)
-        _count(
-            counts, prefixes, wanted, step, zeros, size, 0, arena, row, active, where, mode, eps
-        )  # fmt: skip
-        for which in range(wanted):
+    for which in range(wanted):
+        for step in range(DIGITS):
+            _clear(counts)
+            _count(
+                counts, prefixes[which], step, zeros, size, 0, gradients, activations, mode, eps
+            )  # fmt: skip
             _narrow(counts, which, step, prefixes, ranks, sums)
     _finish(prefixes, wanted, fraction, products, tau, sample)
+    if not (is_listed and _score_of(np.uint32(prefixes[0])) > 0):
+        # More may pass: what was not listed, or, at τ = 0, products that are too small for a float.
+        for i in range(thread, _words(units), cuda.blockDim.x):
+            sieve[sample * _words(units) + i] = np.uint32(2**WORD - 1)
 
 
 # --- activations ----------------------------------------------------------------------------------
@@ -356,13 +376,23 @@ def _selected(mode, a, r, eps, ceiling, strict, tau):
 
 
 @_device
-def _tau_of(tau, fixed, sample):
-    return fixed if fixed == fixed else tau[sample]
+def _passed(
+    arena, at, active, a_base, units, u, sample, mode, eps, ceiling, strict, fixed, tau, sieve
+):  # fmt: skip
+    """A unit's gradient where it passes, else 0."""
+    threshold = fixed
+    if fixed != fixed:
+        threshold = tau[sample]
+        if sieve[sample * _words(units) + u // WORD] >> np.uint32(u % WORD) & np.uint32(1) == 0:
+            return np.float32(0)
+    r = arena[at]
+    a = active[a_base + sample * units + u] if mode != EVERYTHING else r
+    return r if _selected(mode, a, r, eps, ceiling, strict, threshold) else np.float32(0)
 
 
 @_kernel
 def activate(
-    arena, base, stride, active, a_base, units, mode, eps, ceiling, strict, fixed, tau,
+    arena, base, stride, active, a_base, units, mode, eps, ceiling, strict, fixed, tau, sieve,
     to, to_stride, adds,
 ):  # fmt: skip
     """What passes an activation, all of it.
@@ -370,16 +400,17 @@ def activate(
     Parameters
     ----------
     fixed : float
-        τ, or NaN: each sample has its own in `tau`.
+        τ, or NaN: each sample has its own in `tau`, and its bits in `sieve`, see `select`.
     to, to_stride, adds
         Where the result goes, which may be where the gradient lies; whether it is added there.
     """
     sample = cuda.blockIdx.x
-    threshold = _tau_of(tau, fixed, sample)
     for u in range(_first(), units, _step()):
-        r, a = arena[base + sample * stride + u], active[a_base + sample * units + u]
-        passed = r if _selected(mode, a, r, eps, ceiling, strict, threshold) else np.float32(0)
-        _put(arena, to + sample * to_stride + u, passed, adds)
+        r = _passed(
+            arena, base + sample * stride + u, active, a_base, units, u, sample, mode, eps,
+            ceiling, strict, fixed, tau, sieve,
+        )  # fmt: skip
+        _put(arena, to + sample * to_stride + u, r, adds)
 
 
 @_device
@@ -402,7 +433,7 @@ def _put(arena, at, value, adds):
 @_kernel
 def compact(
     arena, base, stride, active, a_base, channels, height, width, border, mode, eps, ceiling,
-    strict, fixed, tau, counts, which, values,
+    strict, fixed, tau, sieve, counts, which, values,
 ):  # fmt: skip
     """What passes an activation, as a list by pixel; each block does `blockDim.x` pixels.
 
@@ -417,17 +448,19 @@ def compact(
     pixels = height * width
     p = cuda.blockIdx.y * cuda.blockDim.x + x
     found = cuda.shared.array(THREADS, np.int32)
-    threshold = _tau_of(tau, fixed, sample)
-    row, where = base + sample * stride + p, a_base + sample * channels * pixels + p
+    row, units = base + sample * stride, channels * pixels
     first, last = 0, 0
     if p < pixels and not (border and _on_border(p, height, width)):
         first = channels * y // cuda.blockDim.y
         last = channels * (y + 1) // cuda.blockDim.y
     own = 0
     for c in range(first, last):
-        r = arena[row + c * pixels]
-        a = active[where + c * pixels] if mode != EVERYTHING else r
-        own += r != 0 and _selected(mode, a, r, eps, ceiling, strict, threshold)
+        u = c * pixels + p
+        r = _passed(
+            arena, row + u, active, a_base, units, u, sample, mode, eps, ceiling, strict, fixed,
+            tau, sieve,
+        )  # fmt: skip
+        own += r != 0
     found[y * cuda.blockDim.x + x] = own
     cuda.syncthreads()
     if p >= pixels:
@@ -441,9 +474,12 @@ def compact(
         return
     end = (sample * pixels + p) * channels + before
     for c in range(first, last):
-        r = arena[row + c * pixels]
-        a = active[where + c * pixels] if mode != EVERYTHING else r
-        if r != 0 and _selected(mode, a, r, eps, ceiling, strict, threshold):
+        u = c * pixels + p
+        r = _passed(
+            arena, row + u, active, a_base, units, u, sample, mode, eps, ceiling, strict, fixed,
+            tau, sieve,
+        )  # fmt: skip
+        if r != 0:
             which[end] = c
             values[end] = r
             end += 1

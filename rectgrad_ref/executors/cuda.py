@@ -136,6 +136,7 @@ DTYPES: dict[str, Any] = {
     "which": np.int32,
     "counts": np.int32,
     "totals": np.int32,
+    "sieve": np.uint32,
     "tau": np.float64,
 }
 CLEARED = ("totals",)  # and so they stay
@@ -250,13 +251,12 @@ class LaunchLowering(Lowering[Sheet, Program]):
         """Find τ of every sample."""
         units = source.units
         parts = max(-(-units // PARTS[1]), min(units // PARTS[0], BLOCKS // self.batch), 1)
-        self.need(
-            tau=self.batch, values=self.batch * units, totals=self.batch * k.TOTALS
-        )  # fmt: skip
+        self.need(tau=self.batch, values=self.batch * units, totals=self.batch * k.TOTALS)
+        self.need(sieve=self.batch * -(-units // k.WORD))
         arguments = (
             "arena", *source.place, "active", active, units, condition.mode,
             np.float32(condition.eps), *condition.ranks, float(condition.fraction), "tau",
-            *_sample(units, condition.ranks), "values", "totals",
+            *_sample(units, condition.ranks), "values", "totals", "sieve",
         )  # fmt: skip
         threads = (min(k.THREADS, 2 * THREADS),)
         self.items.append(Launch("select", (self.batch, parts), threads, arguments))
@@ -425,7 +425,7 @@ def _compared(condition: Condition) -> tuple[Scalar | str, ...]:
     """Arguments of the kernels that ask what meets the condition."""
     return (
         condition.mode, np.float32(condition.eps), np.float32(condition.ceiling),
-        int(condition.strict), float(condition.tau), "tau",
+        int(condition.strict), float(condition.tau), "tau", "sieve",
     )  # fmt: skip
 
 

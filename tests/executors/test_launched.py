@@ -54,7 +54,7 @@ class Simulated(Device):
 
     def empty(self, size: int, dtype: type) -> Any:
         array = super().empty(size, dtype)
-        array[:] = np.nan if np.dtype(dtype).kind == "f" else -(2**20)
+        array[:] = np.nan if np.dtype(dtype).kind == "f" else np.int64(-(2**20))
         return array
 
     def address(self, array: Any) -> int:
@@ -78,7 +78,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             monkeypatch.setattr(lowering, name, size)
         # Shorter digits: fewer bins to go through.
-        for name, size in (("BITS", 8), ("DIGITS", 4), ("BINS", 256), ("COUNTS", 512)):
+        for name, size in (("BITS", 8), ("DIGITS", 4), ("BINS", 256)):
             monkeypatch.setattr(k, name, size)
         monkeypatch.setattr(devices, "Device", Simulated)
 

@@ -111,23 +111,40 @@ Places = tuple[int, int, int]
 NO_SAMPLE: Places = (0, -1, 0)
 
 
-def selected(
+def selected(*arguments: Any) -> Array:
+    """τ of each sample; see `sieved`."""
+    return sieved(*arguments)[0]
+
+
+def sieved(
     a: Array, R: Array, mode: int, low: int, high: int, fraction: float, parts: int,
     sample: Places = NO_SAMPLE,
-) -> Array:  # fmt: skip
-    """τ of each sample, by one block or by several."""
+) -> tuple[Array, Array]:  # fmt: skip
+    """τ of each sample, by one block or by several, and the bits of its units."""
     n, units = R.shape
     arena = Arena()
     place = arena.put(R)
     active = np.append(np.full(GAP, np.nan, np.float32), a)
     tau, values = np.full(n, np.nan), np.full(n * units, np.nan, np.float32)
-    totals = np.zeros(n * k.TOTALS, np.int32)
+    totals, sieve = np.zeros(n * k.TOTALS, np.int32), no_sieve(n, units)
     launch(
         k.select, (n, parts), (THREADS,), arena.floats, *place, active, GAP, units, mode, f32(EPS),
-        units - 1 - low, units - 1 - high, fraction, tau, *sample, values, totals,
+        units - 1 - low, units - 1 - high, fraction, tau, *sample, values, totals, sieve,
     )  # fmt: skip
     assert not totals.any()
-    return tau
+    return tau, sieve
+
+
+def bits(sieve: Array, units: int) -> Array:
+    """Which units may pass."""
+    n = sieve.size // -(-units // k.WORD)
+    each = sieve.astype("<u4").view(np.uint8).reshape(n, -1)
+    return np.unpackbits(each, axis=1, count=units, bitorder="little").astype(bool)
+
+
+def no_sieve(n: int, units: int) -> Array:
+    """Bits of units any of which may pass."""
+    return np.full(n * -(-units // k.WORD), 2**32 - 1, np.uint32)
 
 
 def scattered(seed: int, kind: str, units: int) -> tuple[Array, Array]:
@@ -174,9 +191,24 @@ def test_thresholds_are_those_of_the_reference(
             own = (units - 1 - low, units - 1 - high)
             sample = lowering._sample(units, own) if sampled else NO_SAMPLE
             assert (sample[0] > 0) == sampled
-            found = selected(a, R, mode, low, high, fraction, parts, sample)
-            expected = percentile(scores(SCORES[mode], a, R, EPS), q, convention)
+            found, sieve = sieved(a, R, mode, low, high, fraction, parts, sample)
+            score = scores(SCORES[mode], a, R, EPS)
+            expected = percentile(score, q, convention)
         np.testing.assert_array_equal(found, expected, f"{SCORES[mode]} {convention}")
+        passing = exceeds(score, signs(SCORES[mode], a, R, EPS), expected)
+        assert bits(sieve, units)[passing].all()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_few_units_are_left_to_be_looked_at(parts: int) -> None:
+    units = 100 if SIMULATED else 50_000
+    R = np.random.default_rng(0).permuted(np.arange(1, units + 1) * np.ones((SAMPLES, 1)), axis=1)
+    a, R, rank = np.ones_like(R, np.float32), R.astype(np.float32), units - 3
+    tau, sieve = sieved(a, R, PASS_AR, rank, rank, 0.0, parts, (units // 16, -1, 4))
+    np.testing.assert_array_equal(tau, np.full(SAMPLES, rank + 1.0))
+    left = bits(sieve, units)
+    assert left[tau[:, None] < R].all()
+    assert left.mean() < 0.5
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -196,7 +228,7 @@ SPECIAL = np.array(
 )
 
 
-@settings(max_examples=25 if SIMULATED else 500, deadline=None)
+@settings(max_examples=60 if SIMULATED else 500, deadline=None)
 @given(st.data())
 def test_any_sample_gives_the_same(data: st.DataObject) -> None:
     """Special numbers and ties, of any units, parts, ranks and conclusions from the sample."""
@@ -274,11 +306,15 @@ def test_what_passes_an_activation(mode: int, tau: float) -> None:
         own = np.arange(SAMPLES) - 0.5
         threshold = own if np.isnan(tau) else np.full(SAMPLES, tau)
         mask = reference_mask(mode, a, R, threshold, ceiling, strict)
+        sieve = no_sieve(SAMPLES, R[0].size)
+        sieve ^= np.random.default_rng(number).integers(2**32, size=sieve.size, dtype=np.uint32)
+        if np.isnan(tau):
+            mask &= bits(sieve, R[0].size).reshape(R.shape)
         condition = (mode, f32(EPS), f32(ceiling), int(strict), tau, own)
-        check_activation(a, R, mask, condition)
+        check_activation(a, R, mask, (*condition, sieve))
         border = number % 2
         inner = mask_border(mask) if border else mask
-        found = listed(a, R, border, condition, groups=1 + number)
+        found = listed(a, R, border, (*condition, sieve), groups=1 + number)
         np.testing.assert_array_equal(found, np.where(inner, R, 0))
 
 
@@ -323,7 +359,7 @@ def compacted(
     return counts, which, values
 
 
-ALL = (k.EVERYTHING, f32(0), f32(np.nan), 0, 0.0, np.zeros(SAMPLES))
+ALL = (k.EVERYTHING, f32(0), f32(np.nan), 0, 0.0, np.zeros(SAMPLES), np.zeros(1, np.uint32))
 
 
 def test_a_list_of_everything() -> None:
@@ -336,7 +372,7 @@ def test_small_products_pass_by_their_sign() -> None:
     a = np.full((SAMPLES, 4, 1, 1), 1e-30, np.float32)
     R = np.full_like(a, 1e-30)
     R[:, ::2] *= -1
-    condition = (PASS_AR, f32(0), f32(np.nan), 0, 0.0, np.zeros(SAMPLES))
+    condition = (PASS_AR, f32(0), f32(np.nan), 0, 0.0, np.zeros(SAMPLES), np.zeros(1, np.uint32))
     np.testing.assert_array_equal(listed(a, R, 0, condition, groups=1), np.where(R > 0, R, 0))
 
 
