@@ -209,18 +209,22 @@ def test_few_units_are_left_to_be_looked_at(parts: int) -> None:
     left = bits(sieve, units)
     assert left[tau[:, None] < R].all()
     assert left.mean() < 0.5
+    R[:, ::2] = 0
+    sieve = sieved(a, R.astype(np.float32), PASS_AR, rank, rank, 0.0, parts)[1]
+    np.testing.assert_array_equal(bits(sieve, units), R != 0)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_sample_that_misleads(parts: int) -> None:
+@pytest.mark.parametrize("kind", ["usual", "ties", "negative"])
+def test_a_sample_that_misleads(kind: str, parts: int) -> None:
     """A score above what is listed, among it, and below it, from where it has to be looked for."""
-    a, R = scattered(1, "usual", 41)
-    a += 0.01
+    a, R = scattered(1, kind, 41)
     order = np.sort(a * R, axis=1)
-    for rank in range(0, 41, 8):
-        for place in (0, 12, 19):
-            found = selected(a, R, PASS_AR, rank, rank, 0.0, parts, (5, place, place))
-            np.testing.assert_array_equal(found, order[:, rank])
+    for rank, place in itertools.product(range(0, 41, 10), (0, 6, 13)):
+        tau, sieve = sieved(a, R, PASS_AR, rank, rank, 0.0, parts, (5, place, place))
+        np.testing.assert_array_equal(tau, order[:, rank])
+        passing = exceeds(a * R, signs("a*r", a, R), tau)
+        assert bits(sieve, 41)[passing].all()
 
 
 SPECIAL = np.array(
@@ -371,7 +375,7 @@ def test_small_products_pass_by_their_sign() -> None:
     """a · r underflows to 0, which τ = 0 does not exceed."""
     a = np.full((SAMPLES, 4, 1, 1), 1e-30, np.float32)
     R = np.full_like(a, 1e-30)
-    R[:, ::2] *= -1
+    R[:, ::2] = 0
     condition = (PASS_AR, f32(0), f32(np.nan), 0, 0.0, np.zeros(SAMPLES), np.zeros(1, np.uint32))
     np.testing.assert_array_equal(listed(a, R, 0, condition, groups=1), np.where(R > 0, R, 0))
 
