@@ -11,9 +11,12 @@ transpose of a convolution *gathers*: each thread sums what reaches one input un
 by window position and channel by channel, and writes it once. So no float is summed atomically, and
 no result depends on the order in which blocks run, or on how many samples there are.
 
-τ is selected by the digits of the scores' bits, from the first eleven on: integers are counted, so
-that the order does not matter there. Either one block does all of a sample, or many blocks count
-one digit in one launch, and the last of them to finish looks which digit it is.
+τ is selected in one launch, which reads gradient and activation once. Each block estimates between
+which first digits τ lies from the same few units of the sample, lists the scores of its own units
+that do, and counts those that are larger. The last block to finish takes the score of the wanted
+rank from the list, by the digits of the scores' bits: only integers are counted, so that the order
+of the list does not matter. Where the estimate was wrong it does so from all units. A bit for each
+unit says which of them lie too low, and these are not read again.
 """
 
 from __future__ import annotations

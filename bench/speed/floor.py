@@ -1,8 +1,9 @@
 """How long each kernel of a walk back takes on a GPU, over the least that moving its bytes takes.
 
 Bytes are counted once for each tensor that a launch must read or write in device memory, however
-often it does; of lists of nonzeros, nothing. The bandwidth is that of a large copy on the same
-device. Each launch is timed alone, as a CUDA graph of many of it, so that the host does not count.
+often it does; of lists, and of the few units that a selection leaves, nothing. The bandwidth is
+that of a large copy on the same device. Each launch is timed alone, as a CUDA graph of many of it,
+so that the host does not count.
 """
 
 from __future__ import annotations
@@ -92,6 +93,17 @@ def _written(a: Mapping[str, Any]) -> int:
     return 1 + a["adds"]
 
 
+def _units(a: Mapping[str, Any]) -> int:
+    return prod(a[name] for name in ("channels", "height", "width"))
+
+
+def _compared(a: Mapping[str, Any]) -> float:
+    """Of each unit, to see whether it passes: gradient and activation; after `select`, a bit."""
+    if a["mode"] == kernels.EVERYTHING:
+        return 1
+    return 1 / kernels.WORD if np.isnan(a["fixed"]) else 2
+
+
 def _outputs(a: Mapping[str, Any]) -> float:
     """Units of a pool's output, from those of its input."""
     return float(a["units"] / (a["height"] * a["width"]) * a["s_height"] * a["s_width"])
@@ -99,12 +111,11 @@ def _outputs(a: Mapping[str, Any]) -> float:
 
 # Floats of one sample; weights, which all samples share, are left out.
 _FLOATS: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "select": lambda a: 2 * a["units"],
-    "select_digit": lambda a: 2 * a["units"],
-    "activate": lambda a: (2 + _written(a)) * a["units"],
+    "select": lambda a: (2 + 1 / kernels.WORD) * a["units"],
+    "activate": lambda a: (_compared(a) + _written(a)) * a["units"],
     "ratio": lambda a: (2 + _written(a)) * a["units"],
-    "compact": lambda a: 2 * prod(a[name] for name in ("channels", "height", "width")),
-    "transpose": lambda a: _written(a) * prod(a[name] for name in ("channels", "height", "width")),
+    "compact": lambda a: _compared(a) * _units(a),
+    "transpose": lambda a: _written(a) * _units(a),
     "add": lambda a: (1 + _written(a)) * a["units"],
     "max_pool": lambda a: (1 + _written(a)) * a["units"] + 2 * _outputs(a),
     "spread": lambda a: (_written(a) + (a["x_base"] >= 0)) * a["units"] + _outputs(a),

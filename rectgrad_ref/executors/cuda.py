@@ -33,7 +33,7 @@ DENSITY = 0.05
 # Threads of a block that goes through units, and how many units one thread does.
 THREADS, UNITS = 256, 4
 # Of selection: units of a block at least and at most, and blocks that fill a GPU.
-PARTS, BLOCKS = (4096, 32768), 264
+PARTS, BLOCKS = (4096, 65536), 264
 # Units of a sample from which a window of scores is estimated, by how many standard deviations.
 SAMPLE, DEVIATIONS = 2048, 6
 # Of lists and their transposes: threads of a block, neighbouring channels or pixels, and pixels.
