@@ -304,9 +304,9 @@ def select(
     ranks = cuda.shared.array(2, np.int64)
     products = cuda.shared.array(1, np.float64)
     found = cuda.shared.array(TOTALS, np.int32)
-    begin, own, where = base + sample * stride, sample * units, a_base + sample * units
-    gradients, listed = arena[begin : begin + units], values[own : own + units]
-    activations = active[where : where + units]
+    row, where, own = base + sample * stride, a_base + sample * units, sample * units
+    gradients, activations = arena[row : row + units], active[where : where + units]
+    listed = values[own : own + units]
     if thread == 0:
         prefixes[0] = prefixes[1] = 0
         ranks[0], ranks[1] = first, last
@@ -379,18 +379,30 @@ def _selected(mode, a, r, eps, ceiling, strict, tau):
 
 
 @_device
-def _passed(
-    arena, at, active, a_base, units, u, sample, mode, eps, ceiling, strict, fixed, tau, sieve
+def _pass(
+    passed, begin, step, end, gradients, activations, mode, eps, ceiling, strict, fixed, tau, sieve
 ):  # fmt: skip
-    """A unit's gradient where it passes, else 0."""
-    threshold = fixed
-    if fixed != fixed:
-        threshold = tau[sample]
-        if sieve[sample * _words(units) + u // WORD] >> np.uint32(u % WORD) & np.uint32(1) == 0:
-            return np.float32(0)
-    r = arena[at]
-    a = active[a_base + sample * units + u] if mode != EVERYTHING else r
-    return r if _selected(mode, a, r, eps, ceiling, strict, threshold) else np.float32(0)
+    """The gradients of ITEMS units, each `step` after the other, where they pass; else 0.
+
+    All lie before `end`. None is waited for before all are asked for.
+    """
+    is_open = cuda.local.array(ITEMS, np.uint32)
+    r = cuda.local.array(ITEMS, np.float32)
+    a = cuda.local.array(ITEMS, np.float32)
+    threshold = fixed if fixed == fixed else tau[cuda.blockIdx.x]
+    for i in range(ITEMS):
+        u = np.uint32(min(begin + i * step, end - 1))
+        is_open[i] = begin + i * step < end
+        if fixed != fixed:
+            is_open[i] &= sieve[u // np.uint32(WORD)] >> u % np.uint32(WORD)
+    for i in range(ITEMS):
+        u = np.uint32(begin + i * step)
+        if is_open[i]:
+            r[i] = gradients[u]
+            a[i] = activations[u] if mode != EVERYTHING else r[i]
+    for i in range(ITEMS):
+        passes = is_open[i] and _selected(mode, a[i], r[i], eps, ceiling, strict, threshold)
+        passed[i] = r[i] if passes else np.float32(0)
 
 
 @_kernel
@@ -408,12 +420,19 @@ def activate(
         Where the result goes, which may be where the gradient lies; whether it is added there.
     """
     sample = cuda.blockIdx.x
-    for u in range(_first(), units, _step()):
-        r = _passed(
-            arena, base + sample * stride + u, active, a_base, units, u, sample, mode, eps,
-            ceiling, strict, fixed, tau, sieve,
+    row, where, bits = base + sample * stride, a_base + sample * units, sample * _words(units)
+    gradients, activations = arena[row : row + units], active[where : where + units]
+    sieve = sieve[bits : bits + _words(units)]
+    passed = cuda.local.array(ITEMS, np.float32)
+    for begin in range(_first(), units, ITEMS * _step()):
+        _pass(
+            passed, begin, _step(), units, gradients, activations, mode, eps, ceiling, strict,
+            fixed, tau, sieve,
         )  # fmt: skip
-        _put(arena, to + sample * to_stride + u, r, adds)
+        for i in range(ITEMS):
+            u = begin + i * _step()
+            if u < units:
+                _put(arena, to + sample * to_stride + u, passed[i], adds)
 
 
 @_device
@@ -451,19 +470,23 @@ def compact(
     pixels = height * width
     p = cuda.blockIdx.y * cuda.blockDim.x + x
     found = cuda.shared.array(THREADS, np.int32)
-    row, units = base + sample * stride, channels * pixels
+    passed = cuda.local.array(ITEMS, np.float32)
+    units = channels * pixels
+    row, where, bits = base + sample * stride, a_base + sample * units, sample * _words(units)
+    gradients, activations = arena[row : row + units], active[where : where + units]
+    sieve = sieve[bits : bits + _words(units)]
     first, last = 0, 0
     if p < pixels and not (border and _on_border(p, height, width)):
         first = channels * y // cuda.blockDim.y
         last = channels * (y + 1) // cuda.blockDim.y
     own = 0
-    for c in range(first, last):
-        u = c * pixels + p
-        r = _passed(
-            arena, row + u, active, a_base, units, u, sample, mode, eps, ceiling, strict, fixed,
-            tau, sieve,
+    for c in range(first, last, ITEMS):
+        _pass(
+            passed, c * pixels + p, pixels, last * pixels, gradients, activations, mode, eps,
+            ceiling, strict, fixed, tau, sieve,
         )  # fmt: skip
-        own += r != 0
+        for i in range(ITEMS):
+            own += passed[i] != 0
     found[y * cuda.blockDim.x + x] = own
     cuda.syncthreads()
     if p >= pixels:
@@ -476,16 +499,16 @@ def compact(
     if own == 0:
         return
     end = (sample * pixels + p) * channels + before
-    for c in range(first, last):
-        u = c * pixels + p
-        r = _passed(
-            arena, row + u, active, a_base, units, u, sample, mode, eps, ceiling, strict, fixed,
-            tau, sieve,
+    for c in range(first, last, ITEMS):
+        _pass(
+            passed, c * pixels + p, pixels, last * pixels, gradients, activations, mode, eps,
+            ceiling, strict, fixed, tau, sieve,
         )  # fmt: skip
-        if r != 0:
-            which[end] = c
-            values[end] = r
-            end += 1
+        for i in range(ITEMS):
+            if passed[i] != 0:
+                which[end] = c + i
+                values[end] = passed[i]
+                end += 1
 
 
 @_device
