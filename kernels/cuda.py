@@ -164,6 +164,15 @@ def _count(
 
 
 @_device
+def _begin(prefixes, ranks, first, second):
+    """With two ranks, and nothing known."""
+    if cuda.threadIdx.x == 0:
+        prefixes[0] = prefixes[1] = 0
+        ranks[0], ranks[1] = first, second
+    cuda.syncthreads()
+
+
+@_device
 def _narrow(counts, which, step, prefixes, ranks, sums):
     """Find the digit in which a rank lies; it becomes known, and the rank one within it."""
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -268,6 +277,25 @@ def _list(
         cuda.atomic.add(totals, sample * TOTALS + what, total)
 
 
+@_device
+def _is_last(totals, found):
+    """Whether all other blocks of the sample have finished; what they have found."""
+    own, thread = cuda.blockIdx.x * TOTALS, cuda.threadIdx.x
+    cuda.threadfence()
+    cuda.syncthreads()
+    if thread == 0:
+        found[0] = cuda.atomic.add(totals, own + _TICKETS, 1)
+    cuda.syncthreads()
+    if found[0] < cuda.gridDim.y - 1:
+        return False
+    cuda.threadfence()
+    cuda.syncthreads()
+    for what in range(thread, TOTALS, cuda.blockDim.x):
+        found[what] = cuda.atomic.exch(totals, own + what, 0)
+    cuda.syncthreads()
+    return True
+
+
 @_kernel
 def select(
     arena, base, stride, active, a_base, units, mode, eps, low, high, fraction, tau,
@@ -307,10 +335,7 @@ def select(
     row, where, own = base + sample * stride, a_base + sample * units, sample * units
     gradients, activations = arena[row : row + units], active[where : where + units]
     listed = values[own : own + units]
-    if thread == 0:
-        prefixes[0] = prefixes[1] = 0
-        ranks[0], ranks[1] = first, last
-        found[0] = 0
+    _begin(prefixes, ranks, first, last)
     if runs > 0:
         _clear(counts)
         _count(
@@ -318,25 +343,16 @@ def select(
         )  # fmt: skip
         for which in range(2):
             _narrow(counts, which, 0, prefixes, ranks, sums)
+    if thread == 0:
+        found[0] = 0
     _clear(counts)
     lowest = prefixes[0] >> _shift(0)
     highest = prefixes[1] >> _shift(0) if last < RUN * runs else BINS - 1
     _list(
         listed, totals, sieve, lowest, highest, counts, found, gradients, activations, mode, eps
     )  # fmt: skip
-
-    cuda.threadfence()
-    cuda.syncthreads()
-    if thread == 0:
-        found[0] = cuda.atomic.add(totals, sample * TOTALS + _TICKETS, 1)
-    cuda.syncthreads()
-    if found[0] < cuda.gridDim.y - 1:
+    if not _is_last(totals, found):
         return
-    cuda.threadfence()
-    cuda.syncthreads()
-    for what in range(thread, TOTALS, cuda.blockDim.x):
-        found[what] = cuda.atomic.exch(totals, sample * TOTALS + what, 0)
-    cuda.syncthreads()
     above, zeros, size = found[_ABOVE], found[_ZEROS], found[_LISTED]
     is_listed = above <= high and low < above + zeros + size
     if is_listed:
@@ -344,11 +360,8 @@ def select(
     else:  # the sample was not like the others
         above, zeros, size = 0, 0, np.int32(units)
     wanted = 1 if low == high else 2
-    if thread == 0:
-        prefixes[0] = prefixes[1] = 0
-        ranks[0], ranks[1] = low - above, high - above
-    else:
-        zeros = 0
+    zeros = zeros if thread == 0 else 0
+    _begin(prefixes, ranks, low - above, high - above)
     for which in range(wanted):
         for step in range(DIGITS):
             _clear(counts)
