@@ -95,8 +95,10 @@ def _label(method: str) -> str:
     return METHODS[method].label if method in METHODS else "Forward pass"
 
 
-def _milliseconds(entry: Entry) -> str:
-    return f"{1000 * float(np.median(entry['seconds'])):.3g} ms"
+def _milliseconds(entry: Entry, samples: int = 1) -> str:
+    """The median, of one sample."""
+    value = 1000 * float(np.median(entry["seconds"])) / samples
+    return f"{value:.0f} ms" if value >= 1000 else f"{value:.3g} ms"
 
 
 def _costs(results: Results) -> Sheet:
@@ -195,11 +197,8 @@ def _scaling(results: Results, part: str, title: str) -> Sheet:
     for comparison in _part(results, part):
         entry, shape = find(comparison, "rectgrad", OURS), comparison["input"]
         assert entry is not None
-        an_image = 1000 * float(np.median(entry["seconds"])) / shape[0]
-        cost = ratio(entry, forward(comparison))
-        rows.append(
-            [comparison["model"], "×".join(map(str, shape)), f"{an_image:.3g} ms", str(cost)]
-        )
+        cost, an_image = ratio(entry, forward(comparison)), _milliseconds(entry, shape[0])
+        rows.append([comparison["model"], "×".join(map(str, shape)), an_image, str(cost)])
     return Sheet(
         title,
         "Time for one image, and over that of the forward pass at the same shape.",

@@ -118,7 +118,7 @@ class Memory(lowered.Memory):
         self.device, self.generation = device, 0
         self.arrays: dict[str, DeviceArray] = {}
 
-    def fit(self, program: Program) -> None:
+    def grow(self, program: Program) -> None:
         """Make room for the program, and bring its weights.
 
         Raises

@@ -42,6 +42,16 @@ class Memory(ABC):
 
     contrast: Contrast | None = None
 
+    def fit(self, program: Any) -> None:
+        """Make room for a program; what another one computed is lost."""
+        if self.contrast is not None and self.contrast.program is not program:
+            self.contrast = None
+        self.grow(program)
+
+    @abstractmethod
+    def grow(self, program: Any) -> None:
+        """Make room."""
+
     @abstractmethod
     def place(self, offset: int, shape: tuple[int, ...]) -> Any:
         """Where the forward pass shall leave an activation."""
@@ -148,8 +158,6 @@ class LoweredRunner(ABC, Generic[P, M]):
         program = self.lowered if observe is None else self.traced
         names = asked(plan, program.exposes, observe)
         with self.backend.lent(program) as memory:
-            if memory.contrast is not None and memory.contrast.program is not program:
-                memory.contrast = None
             places = self._places(memory, program.active, len(x))
             values = self.backend.forward(plan.graph, x, names, places)
             shares, there = False, NOTHING

@@ -68,7 +68,7 @@ class Memory(lowered.Memory):
         self._arrays = _Growing()
         self._scratches: dict[int, Scratch] = defaultdict(Scratch)
 
-    def fit(self, program: Program) -> None:
+    def grow(self, program: Program) -> None:
         """Make room for the activations that the program reads."""
         self.active = self._arrays.take("active", program.active_size, np.float32)
 

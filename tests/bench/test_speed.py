@@ -281,11 +281,11 @@ def test_a_process_of_its_own_reports(action: str, model: Path) -> None:
 def test_the_report_states_every_result() -> None:
     text = report.markdown(some_results())
     assert "| RectGrad | rectgrad_ref | 2.00 (2.00–2.50) |" in text
-    assert "| Forward pass | onnxruntime | 1 (2e+03 ms) |" in text
+    assert "| Forward pass | onnxruntime | 1 (2000 ms) |" in text
     assert "| RectGrad | 0.50 (0.38–0.50) of PyTorch |" in text
     assert "| RectGrad | Captum | 0.5000 |" in text
     assert "| net, B = 8 | 98 | 2.00 (2.00–2.50) | 0.50 (0.50–0.75) |" in text
-    assert "| net | 1×3×75×75 | 4e+03 ms | 2.00 (2.00–2.50) |" in text
+    assert "| net | 1×3×75×75 | 4000 ms | 2.00 (2.00–2.50) |" in text
     assert "| net | cached | 0.50 s |" in text
     assert "| net, B = 8 | 50 MiB | 100 MiB | 50 MiB | 130 MiB | 1.30 |" in text
     assert "Abacus, 2 cores (avx2)" in text and "load average 0.10 → 0.20" in text

@@ -272,6 +272,26 @@ def test_too_many_samples_are_taken_in_smaller_chunks(monkeypatch: pytest.Monkey
         explainer.explain(IMAGES, q=80.0, scope="batch")  # which must not be cut
 
 
+def test_what_was_computed_at_a_baseline_is_lost_when_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def explained(explainer: Explainer, samples: int) -> Array:
+        return explainer.explain(IMAGES[:samples], method="deeplift", baseline=0.25).values
+
+    sizes = limit_memory(monkeypatch, 10**9)
+    explainer = Explainer(SMALL.onnx(), backend="cuda")
+    explained(explainer, 1)
+    needed = max(sizes)
+    expected = explained(explainer, len(IMAGES))
+    for limit in {size - 1 for size in sizes if size > needed}:
+        limit_memory(monkeypatch, 10**9)
+        explainer = Explainer(SMALL.onnx(), backend="cuda")
+        explained(explainer, 1)
+        limit_memory(monkeypatch, limit)
+        found = explained(explainer, len(IMAGES))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_one_sample_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_memory(monkeypatch, 10)
     with pytest.raises(OutOfMemory, match=r"MiB are needed at once; give a smaller batch_size"):
