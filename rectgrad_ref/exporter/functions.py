@@ -28,7 +28,17 @@ _LOGICAL = {
     "logical_and": "And", "bitwise_and": "And", "logical_or": "Or", "bitwise_or": "Or",
     "logical_xor": "Xor", "bitwise_xor": "Xor", "logical_not": "Not", "invert": "Not",
 }  # fmt: skip
+
+
+def _fmax(x: Any, least: Any) -> Any:
+    """Of a number, which is taken for what is none too."""
+    if not isinstance(least, (int, float)):
+        raise NotTraceable("numpy.fmax of two arrays")
+    return np.where(x > least, x, least)
+
+
 _COMPOSITE: dict[str, Callable[..., Any]] = {
+    "fmax": _fmax,
     "log1p": lambda x: np.log(1 + x),
     "expm1": lambda x: np.exp(x) - 1,
     "square": lambda x: x * x,
@@ -324,11 +334,6 @@ def _zeros_like(x: Tensor, **kinds: Any) -> Tensor:
 @spelling(np.ones_like)
 def _ones_like(x: Tensor, **kinds: Any) -> Tensor:
     return _full_like(x, 1, **kinds)
-
-
-@spelling(np.copyto)
-def _copyto(x: Tensor, value: Any, where: Any = True) -> None:
-    x.become(_where(where, value, x))
 
 
 @spelling(np.swapaxes)

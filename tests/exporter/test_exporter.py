@@ -20,6 +20,7 @@ from rectgrad_ref import Explainer
 from rectgrad_ref.cli import app
 from rectgrad_ref.errors import InvalidModel, OutputError, UnsupportedOperator
 from rectgrad_ref.exporter import OPSET, at_least, explainer_model
+from rectgrad_ref.exporter.tensor import NotTraceable, Tape, Tensor
 from rectgrad_ref.exporter.trace import trace
 from rectgrad_ref.graph import Graph, Node, freeze
 from rectgrad_ref.methods import Method, make_method
@@ -507,6 +508,13 @@ def test_a_value_called_target_is_in_the_way() -> None:
     net = nets.model([helper.make_node("Relu", ["x"], ["target"])], ["N", 4], "target")
     with pytest.raises(InvalidModel, match=r"'target'.*rename"):
         explainer_model(net, make_method("saliency"))
+
+
+def test_fmax_is_of_a_number() -> None:
+    x = Tensor(Tape("x"), "x", (2,), np.dtype(np.float32))
+    assert np.fmax(x, 0).shape == (2,)
+    with pytest.raises(NotTraceable, match="two arrays"):
+        np.fmax(x, x)
 
 
 def test_what_cannot_be_written_is_refused_by_name_and_nothing_written(tmp_path: Path) -> None:
