@@ -115,7 +115,7 @@ def _scores(mode, a, r, eps):
 
 @_inlined
 def _lets_pass(condition, a, r):
-    """Whether a nonzero gradient passes by signs, or exceeds a negative floor."""
+    """Whether a nonzero gradient passes by signs, or its score exceeds a negative floor."""
     mode, eps, ceiling, strict, floor = condition
     if r == 0 or a >= ceiling:
         return False
@@ -445,6 +445,20 @@ def _between(lower, upper, fraction):
 
 
 @_kernel
+def _tau_of_all(op, floats, found, arena, touched, active, mode, eps, work, counts):
+    """τ where only `found` scores are positive, too few for it to be."""
+    low, high = op[RANK_LOW], op[RANK_HIGH]
+    if found <= high and _reach_zero(op, low, arena, touched, active, mode, eps):
+        return 0.0
+    n = _all_scores(op, arena, touched, active, mode, eps, work)
+    upper = lower = nth_largest(work[:n], high, counts)
+    if low != high:
+        _all_scores(op, arena, touched, active, mode, eps, work)
+        lower = nth_largest(work[:n], low, counts)
+    return _between(lower, upper, floats[FRACTION])
+
+
+@_kernel
 def _find_tau(
     op, arena, touched, active, csr, work, shared, condition, floats, member, members, barrier
 ):  # fmt: skip
@@ -484,16 +498,9 @@ def _find_tau(
                 shared[THRESHOLD] = less if less < bound else np.float32(0)
                 shared[FINAL] = 0
             else:
-                zero = found <= high
-                if zero and _reach_zero(op, low, arena, touched, active, mode, eps):
-                    shared[THRESHOLD] = 0
-                else:
-                    n = _all_scores(op, arena, touched, active, mode, eps, work)
-                    upper = lower = nth_largest(work[:n], high, counts)
-                    if low != high:
-                        _all_scores(op, arena, touched, active, mode, eps, work)
-                        lower = nth_largest(work[:n], low, counts)
-                    shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
+                shared[THRESHOLD] = _tau_of_all(
+                    op, floats, found, arena, touched, active, mode, eps, work, counts
+                )
         wait(barrier, members)
         done, bound = shared[FINAL] == 1, np.float32(shared[THRESHOLD])
         tau = shared[THRESHOLD]
@@ -543,6 +550,8 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
             barrier,
         )  # fmt: skip
         _remember(tau, floats, shared, previous)
+        if np.isnan(tau):  # between infinite scores
+            tau = np.inf
     elif thresholded and tau > 0:
         _scan(op, member, members, arena, touched, active, condition, np.float32(0), csr)
     if thresholded and tau > 0:
@@ -571,7 +580,7 @@ def _condition(op, floats, tau):
 def _remember(tau, floats, shared, previous):
     """For the next sample: of images with larger gradients, every τ is larger, but not their ratio.
 
-    Negative where τ was not positive. All members write the same.
+    All members write the same.
     """
     floats[GUESS] = -1
     if 0 < tau < np.inf:
@@ -710,19 +719,21 @@ def _rows_within(op, top, row_first, row_last):
 def _reaches_most(op, csr):
     """Whether a scatter reaches nearly every row, so that to ask at each is more than to clear all.
 
-    As many windows as these nonzeros have would cover the target twice.
+    The windows of its nonzeros have twice as many cells as the target. Rows lie without gaps.
     """
     n, window = 0, op[KH] * op[KW]
     for p in range(op[S_H] * op[S_W]):
         n += csr[1][p] - csr[0][p]
-    return n * window >= 2 * op[SH] * op[SW] * op[T_H] * op[T_W]
+    without_gaps = op[DW] == 1 and op[T_STRIDE] == op[T_C]
+    return without_gaps and n * window >= 2 * op[T_H] * op[T_W]
 
 
 @_kernel
-def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first, c_last):
+def _scatter_part(op, arena, touched, weights, csr, at_once, row_first, row_last, c_first, c_last):
     """Add to the target's rows row_first … row_last and channels c_first … c_last.
 
-    With all channels it also clears rows that nobody wrote, and marks them.
+    With all channels it also clears rows that nobody wrote, and marks them: all `at_once`, or those
+    that it reaches.
     """
     begins, ends, channels, values, _ = csr
     width, s_height, s_width = op[T_W], op[S_H], op[S_W]
@@ -732,7 +743,6 @@ def _scatter_part(op, arena, touched, weights, csr, row_first, row_last, c_first
     per_filter, part = kh * kw * depth, c_last - c_first
     whole = part == depth
     one_run = whole and dw == 1 and stride == depth
-    at_once = one_run and _reaches_most(op, csr)
     if at_once:
         for q in range(row_first * width, row_last * width):
             _touch(op, arena, touched, q)
@@ -815,12 +825,12 @@ def _scatter(op, arena, touched, weights, csr, member, members, barrier):
         if member == 0:
             _mark_reached(op, touched, csr)
         wait(barrier, members)
-        _scatter_part(op, arena, touched, weights, csr, 0, op[T_H], c_first, c_last)
+        _scatter_part(op, arena, touched, weights, csr, False, 0, op[T_H], c_first, c_last)
     else:
-        parts = _parts(members)
+        parts, at_once = _parts(members), _reaches_most(op, csr)
         for part in range(member, parts, members):
             first, last = _share(op[T_H], part, parts)
-            _scatter_part(op, arena, touched, weights, csr, first, last, 0, op[T_C])
+            _scatter_part(op, arena, touched, weights, csr, at_once, first, last, 0, op[T_C])
     wait(barrier, members)
 
 
@@ -1057,7 +1067,8 @@ def advance(
         Offsets into `active` are those of sample 0; sample s lies s · A_LENGTH further on, its
         baseline s · B_LENGTH.
     floats : float64 array, (operations, FLOATS)
-        The team's own: how many times the τ of the layer before a layer's is, is remembered here.
+        The team's own. GUESS is remembered from sample to sample: how many times the τ of the layer
+        before a layer's was; 0 where nothing is known, and negative where it was not positive.
     first : int
         How many samples lie before these in `active`.
     rows : int64 array, (N,)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,19 +90,20 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
         graph, program, dense = self.plan.graph, chunk.program, self.backend.dense
         result = np.empty(graph.shapes[graph.input] or (), np.float32)
         fitting = max(_SAMPLES, _ARENAS // program.arena_size)
-        rounds = -(-len(seed) // (fitting * crew.size))
-        groups = np.array_split(np.arange(len(seed)), rounds * crew.size)
-        most = len(groups[0])
+        turns = crew.size * -(-len(seed) // (fitting * crew.size))
+        ends = [len(seed) * i // turns for i in range(turns + 1)]
+        groups = [slice(*pair) for pair in pairwise(ends)]
+        most = -(-len(seed) // turns)
         arenas, touched = chunk.memory.arenas(program, crew.size * most)
         teams = [_Team(chunk, i) for i in range(crew.size)]
         waiting = iter(groups)
 
         def work(thread: int) -> None:
             for group in waiting:  # whoever is free takes the next
-                own = slice(thread * most, thread * most + len(group))
-                walk = _Walk(chunk, dense, int(group[0]), arenas[own], touched[own])
+                own = slice(thread * most, thread * most + group.stop - group.start)
+                walk = _Walk(chunk, dense, group.start, arenas[own], touched[own])
                 walk.plant(seed[group])
-                teams[thread].run(walk, np.arange(len(group)), 0, 1)
+                teams[thread].run(walk, np.arange(len(walk.rows)), 0, 1)
                 result[group] = walk.gradient(graph.input)
 
         crew.map(work, range(crew.size))

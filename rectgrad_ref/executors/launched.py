@@ -15,7 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 from ..graph import Node
 from ..kernels import cuda as k
 from ..plan import Plan
-from . import lowered
 from .cuda import (
     CLEARED,
     DTYPES,
@@ -31,7 +30,7 @@ from .cuda import (
 )
 from .dense import axis_phases, exchanged, left_over
 from .device import Device, DeviceArray, DeviceForward, Place, Session
-from .lowered import Chunk, LoweredBackend, LoweredRunner, Walk
+from .lowered import Chunk, LoweredBackend, LoweredRunner, ProgramMemory, Walk
 from .runner import Observer
 
 # Whether a walk is recorded as a CUDA graph when it is first repeated (to be measured).
@@ -105,7 +104,7 @@ def _model(nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
     return model.SerializeToString()
 
 
-class Memory(lowered.Memory):
+class Memory(ProgramMemory):
     """The arrays that launches name, as large as was ever asked for.
 
     Attributes

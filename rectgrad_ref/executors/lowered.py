@@ -31,13 +31,14 @@ class Contrast:
     values: Values
 
 
-class Memory(ABC):
+class ProgramMemory(ABC):
     """What a program works in.
 
     Attributes
     ----------
     contrast : Contrast, optional
-        What the last call computed at its baseline, for the next one's is mostly the same.
+        What the last call computed at its baseline, or at those of its samples, for the next one's
+        are mostly the same.
     """
 
     contrast: Contrast | None = None
@@ -57,7 +58,7 @@ class Memory(ABC):
         """Where the forward pass shall leave an activation."""
 
 
-M = TypeVar("M", bound=Memory)
+M = TypeVar("M", bound=ProgramMemory)
 
 
 class LoweredBackend(ABC, Generic[P, M]):
@@ -74,11 +75,15 @@ class LoweredBackend(ABC, Generic[P, M]):
         with LoweredBackend._lowering:
             return self._lower(plan, self._weights, trace=trace).program()
 
+    def outline(self, plan: Plan) -> P:
+        """The program without its weights, which says what it reads and what runs where."""
+        return self._lower(plan, NoWeights(), trace=False).program()
+
     def runs_as(self, plan: Plan) -> Mapping[str, str]:
         """Node name → what executes the step."""
         if not is_lowerable(plan):
             return dict.fromkeys((step.node.name for step in plan.steps), "numpy")
-        return self._lower(plan, NoWeights(), trace=False).program().runs_as
+        return self.outline(plan).runs_as
 
     def runner(self, plan: Plan) -> Runner:
         """Ready to run the plan; plans over other sample axes than 0 go step by step."""
@@ -138,8 +143,8 @@ class LoweredRunner(ABC, Generic[P, M]):
 
     @property
     def keeps(self) -> Collection[str]:
-        """The values of the forward pass that the walk back reads."""
-        return {*self.lowered.exposes, *self.lowered.active}
+        outline = self.backend.outline(self.plan)
+        return {*outline.exposes, *outline.active}
 
     @cached_property
     def constants(self) -> Values:
@@ -188,8 +193,9 @@ class LoweredRunner(ABC, Generic[P, M]):
         if known is None or not np.array_equal(known.baseline, baseline):
             memory.contrast = None  # should the forward pass fail
             places = self._places(memory, program.baseline, len(baseline))
+            baseline = baseline.copy()  # the forward pass may hand it on
             values = forward(graph, baseline, program.exposes, places)
-            known = memory.contrast = Contrast(program, baseline.copy(), values)
+            known = memory.contrast = Contrast(program, baseline, values)
         shapes = graph.shapes
         read = {v: np.broadcast_to(known.values[v], shapes[v] or ()) for v in program.exposes}
         return shares, {**self.constants, **read}

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..kernels import cpu as k
 from ..kernels.team import new_barrier
-from . import lowered
+from .lowered import ProgramMemory
 from .storage import aligned
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Scratch:
         return self._arrays.take(f"room {member}", size, np.float32)
 
 
-class Memory(lowered.Memory):
+class Memory(ProgramMemory):
     """Arenas and marks, activations, and scratch of every team."""
 
     def __init__(self) -> None:

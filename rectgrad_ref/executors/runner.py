@@ -70,7 +70,6 @@ class StepwiseRunner:
 
     @property
     def keeps(self) -> Collection[str]:
-        """The values of the forward pass that the walk back reads."""
         return self.plan.exposes
 
     def __call__(

@@ -31,8 +31,8 @@ _LOGICAL = {
 
 
 def _fmax(x: Any, least: Any) -> Any:
-    """Of a number, which is taken for what is none too."""
-    if not isinstance(least, (int, float)):
+    """The larger of x and a number; the number where x is none."""
+    if isinstance(least, (Tensor, np.ndarray)):
         raise NotTraceable("numpy.fmax of two arrays")
     return np.where(x > least, x, least)
 
@@ -334,6 +334,11 @@ def _zeros_like(x: Tensor, **kinds: Any) -> Tensor:
 @spelling(np.ones_like)
 def _ones_like(x: Tensor, **kinds: Any) -> Tensor:
     return _full_like(x, 1, **kinds)
+
+
+@spelling(np.copyto)
+def _copyto(x: Tensor, value: Any, where: Any = True) -> None:
+    x.become(_where(where, value, x))
 
 
 @spelling(np.swapaxes)

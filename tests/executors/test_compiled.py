@@ -313,6 +313,28 @@ def test_a_baseline_that_all_share_is_run_once(
     assert np.abs(last[-1] - one[-1]).max() > 1e-3 * np.abs(one).max()
 
 
+def test_a_baseline_that_its_owner_changes_is_not_remembered() -> None:
+    net = Net(
+        (3, 4, 4),
+        """
+        s = Sigmoid(x)
+        c = Conv(s, w1)
+        r = Relu(c)
+        f = Flatten(r)
+        y = Gemm(f, w2)
+        """,
+        {"w1": (4, 3, 3, 3), "w2": (16, 5)},
+    )
+    explainer, images = Explainer(net.onnx(), backend="cpu"), net.images(2)
+    baseline = np.full_like(images, 0.25)
+    options: dict[str, Any] = {"method": "deeplift", "target": 0}
+    expected = explainer.explain(images, baseline=baseline, **options).values
+    before = baseline.copy()
+    baseline[:] = 5
+    found = explainer.explain(images, baseline=before, **options).values
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_no_samples(explainer: Explainer) -> None:
     with pytest.raises(InvalidImage, match="empty"):
         explainer.explain(IMAGES[:0])

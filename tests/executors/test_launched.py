@@ -283,7 +283,9 @@ def test_what_was_computed_at_a_baseline_is_lost_when_memory_runs_out(
     explained(explainer, 1)
     needed = max(sizes)
     expected = explained(explainer, len(IMAGES))
-    for limit in {size - 1 for size in sizes if size > needed}:
+    limits = {size - 1 for size in sizes if size > needed}
+    assert limits
+    for limit in limits:
         limit_memory(monkeypatch, 10**9)
         explainer = Explainer(SMALL.onnx(), backend="cuda")
         explained(explainer, 1)

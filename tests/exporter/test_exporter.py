@@ -510,9 +510,15 @@ def test_a_value_called_target_is_in_the_way() -> None:
         explainer_model(net, make_method("saliency"))
 
 
+def test_what_numpy_does_in_place_is_followed() -> None:
+    x = Tensor(Tape("x"), "x", (2,), np.dtype(np.float32))
+    assert np.fmax(x, 0, out=x) is x
+    np.copyto(x, 1, where=x > 2)  # type: ignore[call-overload]
+    assert [record.op for record in x.tape.records] == ["Greater", "Where"] * 2
+
+
 def test_fmax_is_of_a_number() -> None:
     x = Tensor(Tape("x"), "x", (2,), np.dtype(np.float32))
-    assert np.fmax(x, 0).shape == (2,)
     with pytest.raises(NotTraceable, match="two arrays"):
         np.fmax(x, x)
 
