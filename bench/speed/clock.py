@@ -12,6 +12,8 @@ from typing import Any
 
 # A timed block of calls takes at least this many seconds.
 _BLOCK = 0.05
+# onnxruntime's threads spin on for some 40 ms after its last call, beside whoever comes next.
+_SETTLING = 0.1
 _FEWEST_ROUNDS = 5
 
 
@@ -48,8 +50,9 @@ def measure(
 ) -> list[list[float]]:
     """Time all contenders in turn, round by round, each round beginning with another one.
 
-    A block of calls is timed; before it, half as many go untimed, so that neither the caches nor
-    the still spinning threads of the contender before count.
+    A block of calls is timed; before it, at least one call and a tenth of a second of them go
+    untimed, so that neither the caches nor the still spinning threads of the contender before
+    count.
 
     Parameters
     ----------
@@ -82,5 +85,4 @@ def _calls_per_block(call: Callable[[], Any]) -> tuple[int, int]:
     """How many calls go untimed, and how many are timed; warms up."""
     call()  # plans, compiles and allocates
     once = timeit.timeit(call, number=1)
-    timed = max(1, math.ceil(_BLOCK / once))
-    return max(1, timed // 2), timed
+    return math.ceil(_SETTLING / once), math.ceil(_BLOCK / once)
