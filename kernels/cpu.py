@@ -6,7 +6,7 @@ byte per pixel says whether the row holds anything; a row that does not has neve
 counts as zero. Activations are channels last too, weights are (C_out, kh, kw, C_in per group).
 
 RectGrad keeps about 2 % of a layer's units, so what passes an activation is a list of nonzeros by
-pixel (CSR), and a convolution's transpose adds a row of weights per nonzero and kernel row:
+pixel, and a convolution's transpose adds a row of weights per nonzero and kernel row:
 
     g[ih, iw + j, :] += v · w[co, i, j, :]        ih = oh·sh + i·dh − pad_top, iw likewise,
 
@@ -54,10 +54,16 @@ BY_EPSILON, BY_DIFFERENCE = range(2)
 # Shared words of a team: the threshold or its bound, whether it is final, whether what passes the
 # activation is no list, because it is too much, but all that its sheet holds; and the last τ.
 THRESHOLD, FINAL, FILLED, PREVIOUS, SHARED = 0, 8, 16, 24, 32
+WIDE = simd.WIDE * simd.LANES
+# A team's lists. What passes an activation is so many runs, found[0]: run n holds the gradients
+# values[begins[n] … ends[n]] of pixels[n], whose channels are `units` of the same places. Before, a
+# unit is pixel and channel in one word, with its score. found[1 …] says where those that each part
+# of the picture collected end, each from the place of its first pixel on; then, where its runs end.
+PIXELS, BEGINS, ENDS, UNITS, VALUES, SCORES, FOUND = range(7)
+_AHEAD = 2048  # floats that are asked for before a scan comes to them
 _PARTS = 4  # of a picture for each member of a team
 _SAMPLED_LEAST, _SAMPLED_MOST = 128, 1024
 _GUESSED = 0.5  # part of what τ should be; about twice as many units exceed it
-BINS = 256
 
 
 # Arrays are borrowed from the caller: counting references, at each branch that a loop takes, costs
@@ -105,6 +111,11 @@ def _parts(members):
     return 1 if members == 1 else _PARTS * members
 
 
+def found_by(members):
+    """How many words a team needs to say what it found."""
+    return 1 + _parts.py_func(members)
+
+
 @_inlined
 def _scores(mode, a, r, eps):
     """The scores of a vector."""
@@ -149,30 +160,43 @@ def _passing(condition, a, r):
 
 
 @_inlined
-def _emit(first, r, mask, end, channels, values):
-    """Append the lanes of a mask, the channels from `first` on; returns the new end.
-
-    What is written behind them is nothing yet: each vector has sixteen places of its own.
-    """
-    simd.append(channels, end, simd.numbers_from(first), mask)
-    simd.append(values, end, r, mask)
-    return end + simd.lanes_in(mask)
+def _shift(op):
+    """By how many bits a unit's pixel is above its channel."""
+    shift = 0
+    while 1 << shift < op[S_C]:
+        shift += 1
+    return shift
 
 
 @_inlined
-def _emit_passing(arena, row, active, where, width, condition, end, channels, values):
-    """Append the gradients that pass; returns the new end."""
+def _emit_passing(arena, row, active, where, width, condition, number, end, units):
+    """Append the units whose gradients pass; returns the new end.
+
+    What `simd.append` writes behind them is nothing yet: each vector has sixteen places of its own.
+    """
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
         mask = _passing(condition, simd.load(active, where + c), r)
-        end = _emit(c, r, mask, end, channels, values)
+        simd.append(units, end, simd.numbers_from(number + c), mask)
+        end += simd.lanes_in(mask)
     for c in range(blocks, width):
-        r = arena[row + c]
-        if _lets_pass(condition, active[where + c], r):
-            channels[end] = c
-            values[end] = r
-            end += 1
+        units[end] = number + c
+        end += _lets_pass(condition, active[where + c], arena[row + c])
+    return end
+
+
+@_inlined
+def _emit_nonzero(arena, row, width, number, end, units):
+    """Append the units that have a gradient; returns the new end."""
+    blocks = width - width % simd.LANES
+    for c in range(0, blocks, simd.LANES):
+        mask = simd.differs(simd.load(arena, row + c), np.float32(0))
+        simd.append(units, end, simd.numbers_from(number + c), mask)
+        end += simd.lanes_in(mask)
+    for c in range(blocks, width):
+        units[end] = number + c
+        end += arena[row + c] != 0
     return end
 
 
@@ -202,105 +226,92 @@ def _count_passing(arena, row, active, where, width, condition):
 
 
 @_inlined
-def _emit_above(
-    arena, row, active, where, width, mode, eps, bound, end, channels, values, scores
-):  # fmt: skip
-    """Append the units whose score is above `bound`; returns the new end."""
+def _emit_above(arena, row, active, where, width, mode, eps, bound, number, end, units, scores):
+    """Append the units whose score is above `bound`, with it; returns the new end."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
         score = _scores(mode, simd.load(active, where + c), r, eps)
         mask = simd.above(score, bound)
+        simd.append(units, end, simd.numbers_from(number + c), mask)
         simd.append(scores, end, score, mask)
-        end = _emit(c, r, mask, end, channels, values)
+        end += simd.lanes_in(mask)
     for c in range(blocks, width):
-        r = arena[row + c]
-        s = _score(mode, active[where + c], r, eps)
-        if s > bound:
-            channels[end] = c
-            values[end] = r
-            scores[end] = s
-            end += 1
+        score = _score(mode, active[where + c], arena[row + c], eps)
+        units[end] = number + c
+        scores[end] = score
+        end += score > bound
     return end
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _extremes(values, n):
-    """The least and the largest of the first `n`, numbers all."""
-    low, high = values[0], values[0]
-    for i in range(n):
-        low, high = min(low, values[i]), max(high, values[i])
-    return low, high
-
-
 @_kernel
-def nth_largest(values, k, counts):
-    """The k-th largest (0-based) of `values`, which are overwritten, as are the BINS `counts`.
+def nth_largest(values, k):
+    """The k-th largest (0-based) of `values`, which are overwritten. All are numbers.
 
-    Histograms narrow the choice down until a bin is small; then quickselect. All are numbers.
+    Quickselect, sixteen numbers at a time: what cannot be it is left out, ties with the pivot too.
     """
     n = values.size
-    while n > BINS // 4:
-        low, high = _extremes(values, n)
-        if k == n - 1:
-            return low
-        span = high - low
-        if not (span > 0 and span < np.inf):
-            break
-        scale = np.float32(BINS - 1) / span
-        if not scale < np.inf:
-            break
-        counts[:] = 0
-        # Rounding is monotonic, and so is the bin of a value.
-        for i in range(n):
-            counts[int((values[i] - low) * scale)] += 1
-        bin_, above = BINS - 1, 0
-        while above + counts[bin_] <= k:
-            above += counts[bin_]
-            bin_ -= 1
-        if counts[bin_] == n:
-            break
-        kept = 0
-        for i in range(n):
-            v = values[i]
-            values[kept] = v
-            kept += int((v - low) * scale) == bin_
-        n, k = kept, k - above
-    return _quickselect(values, n, k)
-
-
-@_kernel
-def _quickselect(values, n, k):
-    """The k-th largest of the first `n`, by three-way partitions."""
-    low, high = 0, n - 1
-    while low < high:
-        a, b, c = values[low], values[(low + high) // 2], values[high]
+    while True:
+        a, b, c = values[n // 4], values[n // 2], values[n - 1 - n // 4]
         pivot = max(min(a, b), min(max(a, b), c))
-        i, lt, gt = low, low, high
-        while i <= gt:
-            v = values[i]
-            if v > pivot:
-                values[i] = values[lt]
-                values[lt] = v
-                lt += 1
-                i += 1
-            elif v < pivot:
-                values[i] = values[gt]
-                values[gt] = v
-                gt -= 1
-            else:
-                i += 1
-        if k < lt:
-            high = lt - 1
-        elif k > gt:
-            low = gt + 1
-        else:
+        above, equal = _compared(values, n, pivot)
+        if k < above:
+            n = _keep_above(values, n, pivot)
+        elif k < above + equal:
             return pivot
-    return values[low]
+        else:
+            n, k = _keep_below(values, n, pivot), k - above - equal
+
+
+@_inlined
+def _compared(values, n, pivot):
+    """How many of the first `n` are larger, and how many equal."""
+    blocks, above, equal = n - n % simd.LANES, 0, 0
+    pivots = simd.splat(pivot)
+    for i in range(0, blocks, simd.LANES):
+        vector = simd.load(values, i)
+        above += simd.lanes_in(simd.above(vector, pivot))
+        equal += simd.lanes_in(simd.equals(vector, pivots))
+    for i in range(blocks, n):
+        above += values[i] > pivot
+        equal += values[i] == pivot
+    return above, equal
+
+
+@_inlined
+def _keep_above(values, n, pivot):
+    """Move what is larger to the front; returns how many."""
+    blocks, end = n - n % simd.LANES, 0
+    for i in range(0, blocks, simd.LANES):
+        vector = simd.load(values, i)
+        mask = simd.above(vector, pivot)
+        simd.append(values, end, vector, mask)
+        end += simd.lanes_in(mask)
+    for i in range(blocks, n):
+        v = values[i]
+        values[end] = v
+        end += v > pivot
+    return end
+
+
+@_inlined
+def _keep_below(values, n, pivot):
+    """Move what is smaller to the front; returns how many."""
+    blocks, end = n - n % simd.LANES, 0
+    for i in range(0, blocks, simd.LANES):
+        vector = simd.load(values, i)
+        mask = simd.below(vector, pivot)
+        simd.append(values, end, vector, mask)
+        end += simd.lanes_in(mask)
+    for i in range(blocks, n):
+        v = values[i]
+        values[end] = v
+        end += v < pivot
+    return end
 
 
 @_kernel
-def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, counts, found):
+def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
     """A score that, by a sample, somewhat more than `rank` units exceed; at least 0.
 
     Pixels that nothing has touched score 0, so that only the others, listed in `found`, are asked.
@@ -322,7 +333,7 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, counts, fo
     wanted = int(expected + 4 * np.sqrt(expected) + 4)
     if wanted >= taken:
         return np.float32(0)
-    return max(nth_largest(work[:taken], wanted, counts), np.float32(0))
+    return max(nth_largest(work[:taken], wanted), np.float32(0))
 
 
 @_kernel
@@ -343,77 +354,127 @@ def _all_scores(op, arena, touched, active, mode, eps, work):
 
 
 @_kernel
-def _scan(op, member, members, arena, touched, active, condition, bound, csr):
+def _scan(op, member, members, arena, touched, active, condition, bound, lists):
     """Collect this member's units above a bound; where it is negative, those that pass."""
-    parts = _parts(members)
+    units, scores, found = lists[UNITS], lists[SCORES], lists[FOUND]
+    mode, eps = condition[:2]
+    width, parts, shift = op[S_C], _parts(members), _shift(op)
     for part in range(member, parts, members):
         first, last = _share(op[S_H] * op[S_W], part, parts)
-        _scan_part(op, first, last, arena, touched, active, condition, bound, csr)
-
-
-@_kernel
-def _scan_part(op, first, last, arena, touched, active, condition, bound, csr):
-    begins, ends, channels, values, scores = csr
-    mode, eps = condition[:2]
-    width, marks = op[S_C], op[S_TOUCHED]
-    source, stride, read, read_stride = op[S_OFFSET], op[S_STRIDE], op[A_OFFSET], op[A_STRIDE]
-    end = first * width
-    for p in range(first, last):
-        begins[p] = end
-        if touched[marks + p]:
-            row, where = source + p * stride, read + p * read_stride
+        end = first * width
+        for p in range(first, last):
+            if not touched[op[S_TOUCHED] + p]:
+                continue
+            row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
+            for c in range(0, width, simd.LANES):
+                simd.prefetch(active, where + c + _AHEAD)
             if bound < 0:
                 end = _emit_passing(
-                    arena, row, active, where, width, condition, end, channels, values
+                    arena, row, active, where, width, condition, p << shift, end, units
                 )
             else:
                 end = _emit_above(
-                    arena, row, active, where, width, mode, eps, bound, end, channels, values,
+                    arena, row, active, where, width, mode, eps, bound, p << shift, end, units,
                     scores,
                 )  # fmt: skip
-        ends[p] = end
+        found[1 + part] = end
 
 
 @_kernel
-def _filter(op, member, members, active, tau, ceiling, csr):
-    """Keep the collected units whose score is above τ and whose activation is below the ceiling."""
+def _filter(op, member, members, active, floor, ceiling, lists):
+    """Keep the collected units whose score is above τ and whose activation is below the ceiling.
+
+    A float32 is above τ if it is above `floor`, the largest one that is not.
+    """
+    units, scores, found = lists[UNITS], lists[SCORES], lists[FOUND]
     parts = _parts(members)
     for part in range(member, parts, members):
-        first, last = _share(op[S_H] * op[S_W], part, parts)
-        _filter_part(op, first, last, active, tau, ceiling, csr)
+        begin = _share(op[S_H] * op[S_W], part, parts)[0] * op[S_C]
+        end, at = found[1 + part], begin
+        blocks = end - (end - begin) % simd.LANES
+        for i in range(begin, blocks, simd.LANES):
+            mask = simd.above(simd.load(scores, i), floor)
+            simd.append(units, at, simd.load(units, i), mask)
+            at += simd.lanes_in(mask)
+        for i in range(blocks, end):
+            units[at] = units[i]
+            at += scores[i] > floor
+        if ceiling == ceiling:
+            at = _drop_at_ceiling(op, begin, at, active, ceiling, units)
+        found[1 + part] = at
 
 
 @_kernel
-def _filter_part(op, first, last, active, tau, ceiling, csr):
-    begins, ends, channels, values, scores = csr
-    read, read_stride, bounded = op[A_OFFSET], op[A_STRIDE], ceiling == ceiling
-    for p in range(first, last):
-        at = np.uint64(begins[p])
-        for i in range(at, np.uint64(ends[p])):
-            c, v = channels[i], values[i]
-            passes = (np.float64(scores[i]) > tau) & (v != 0)
-            if bounded:
-                passes &= active[read + p * read_stride + c] < ceiling
-            channels[at] = c
-            values[at] = v
-            at += np.uint64(passes)
-        ends[p] = np.int64(at)
+def _drop_at_ceiling(op, begin, end, active, ceiling, units):
+    """Leave out the units whose activation reaches it; returns the new end."""
+    shift, at = _shift(op), begin
+    for i in range(begin, end):
+        p, c = _place(units[i], shift)
+        units[at] = units[i]
+        at += active[op[A_OFFSET] + p * op[A_STRIDE] + c] < ceiling
+    return at
+
+
+@_inlined
+def _place(unit, shift):
+    """The pixel and the channel of a unit."""
+    unit = np.int64(unit) & 0xFFFFFFFF
+    return unit >> shift, unit & ((1 << shift) - 1)
 
 
 @_kernel
-def _collected(op, csr, members, work):
+def _list(op, member, members, arena, lists, barrier):
+    """Make of the collected units, which are in order, the runs that the gradient consists of."""
+    parts = _parts(members)
+    for part in range(member, parts, members):
+        _list_part(op, part, _share(op[S_H] * op[S_W], part, parts)[0], arena, lists)
+    wait(barrier, members)
+    if member == 0:
+        _join(op, parts, lists)
+    wait(barrier, members)
+
+
+@_kernel
+def _list_part(op, part, first, arena, lists):
+    """Runs from number `first` on; `found` says where they end."""
+    pixels, begins, ends, units, values, _, found = lists
+    shift, run, length, before = _shift(op), first - 1, 0, -1
+    for i in range(first * op[S_C], found[1 + part]):
+        p, c = _place(units[i], shift)
+        units[i] = c
+        values[i] = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+        run += p != before
+        length = length + 1 if p == before else 0
+        pixels[run], begins[run], ends[run] = p, i - length, i + 1
+        before = p
+    found[1 + part] = run + 1
+
+
+@_kernel
+def _join(op, parts, lists):
+    """Move the runs of all parts together."""
+    (pixels, begins, ends), found = lists[:UNITS], lists[FOUND]
+    n = found[1]
+    for part in range(1, parts):
+        first = _share(op[S_H] * op[S_W], part, parts)[0]
+        for run in range(first, found[1 + part]):
+            pixels[n], begins[n], ends[n] = pixels[run], begins[run], ends[run]
+            n += 1
+    found[0] = n
+
+
+@_kernel
+def _collected(op, lists, members, work):
     """Copy the scores of all candidates together; returns how many there are."""
-    _, ends, _, _, scores = csr
+    scores, found = lists[SCORES], lists[FOUND]
     parts, n = _parts(members), 0
     for part in range(parts):
         # What is found in one part lies without a gap.
-        first, last = _share(op[S_H] * op[S_W], part, parts)
-        if first < last:
-            begin, end = first * op[S_C], ends[last - 1]
-            to, found = work[n:], scores[begin:end]
-            for i in range(found.size):
-                to[i] = found[i]
-            n += found.size
+        begin = _share(op[S_H] * op[S_W], part, parts)[0] * op[S_C]
+        to, collected = work[n:], scores[begin : found[1 + part]]
+        for i in range(collected.size):
+            to[i] = collected[i]
+        n += collected.size
     return n
 
 
@@ -445,29 +506,28 @@ def _between(lower, upper, fraction):
 
 
 @_kernel
-def _tau_of_all(op, floats, found, arena, touched, active, mode, eps, work, counts):
+def _tau_of_all(op, floats, found, arena, touched, active, mode, eps, work):
     """τ where only `found` scores are positive, too few for it to be."""
     low, high = op[RANK_LOW], op[RANK_HIGH]
     if found <= high and _reach_zero(op, low, arena, touched, active, mode, eps):
         return 0.0
     n = _all_scores(op, arena, touched, active, mode, eps, work)
-    upper = lower = nth_largest(work[:n], high, counts)
+    upper = lower = nth_largest(work[:n], high)
     if low != high:
         _all_scores(op, arena, touched, active, mode, eps, work)
-        lower = nth_largest(work[:n], low, counts)
+        lower = nth_largest(work[:n], low)
     return _between(lower, upper, floats[FRACTION])
 
 
 @_kernel
 def _find_tau(
-    op, arena, touched, active, csr, work, shared, condition, floats, member, members, barrier
+    op, arena, touched, active, lists, work, shared, condition, floats, member, members, barrier
 ):  # fmt: skip
-    """τ of this layer, after which the candidates in `csr` include every unit above it.
+    """τ of this layer, after which the collected candidates include every unit above it.
 
     Returns τ; where it is negative or zero the candidates are not complete, because others pass
     too. They exceed a guess, or what a sample says: both only decide how many there are.
     """
-    work, counts = work
     mode, eps = condition[:2]
     low, high = op[RANK_LOW], op[RANK_HIGH]
     guess = floats[GUESS]
@@ -475,31 +535,31 @@ def _find_tau(
     if guess == 0:
         if member == 0:
             shared[THRESHOLD] = _sampled_bound(
-                op, arena, touched, active, mode, eps, low, work, counts, csr[0]
+                op, arena, touched, active, mode, eps, low, work, lists[PIXELS]
             )
         wait(barrier, members)
         bound = np.float32(shared[THRESHOLD])
     while True:
-        _scan(op, member, members, arena, touched, active, condition, bound, csr)
+        _scan(op, member, members, arena, touched, active, condition, bound, lists)
         wait(barrier, members)
         if member == 0:
-            found = _collected(op, csr, members, work)
+            found = _collected(op, lists, members, work)
             shared[FINAL] = 1
             if found > low:
-                upper = lower = nth_largest(work[:found], high, counts)
+                upper = lower = nth_largest(work[:found], high)
                 if low != high:
-                    _collected(op, csr, members, work)
-                    lower = nth_largest(work[:found], low, counts)
+                    _collected(op, lists, members, work)
+                    lower = nth_largest(work[:found], low)
                 shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
             elif bound > 0:
                 less = _sampled_bound(
-                    op, arena, touched, active, mode, eps, low, work, counts, csr[0]
+                    op, arena, touched, active, mode, eps, low, work, lists[PIXELS]
                 )
                 shared[THRESHOLD] = less if less < bound else np.float32(0)
                 shared[FINAL] = 0
             else:
                 shared[THRESHOLD] = _tau_of_all(
-                    op, floats, found, arena, touched, active, mode, eps, work, counts
+                    op, floats, found, arena, touched, active, mode, eps, work
                 )
         wait(barrier, members)
         done, bound = shared[FINAL] == 1, np.float32(shared[THRESHOLD])
@@ -519,25 +579,29 @@ def _on_border(op, p):
 
 
 @_kernel
-def _clear_border(op, csr, first, last):
-    begins, ends = csr[0], csr[1]
-    for p in range(first, last):
-        if _on_border(op, p):
-            ends[p] = begins[p]
+def _drop_border(op, lists):
+    """Leave out the runs on the border."""
+    (pixels, begins, ends), found = lists[:UNITS], lists[FOUND]
+    n = 0
+    for run in range(found[0]):
+        pixels[n], begins[n], ends[n] = pixels[run], begins[run], ends[run]
+        n += not _on_border(op, pixels[run])
+    found[0] = n
 
 
 @_kernel
-def _count_inside(op, csr, first, last):
-    """How many nonzeros are not on the border."""
-    begins, ends, n = csr[0], csr[1], 0
-    for p in range(first, last):
-        if not _on_border(op, p):
-            n += ends[p] - begins[p]
+def _count_inside(op, lists, first, last):
+    """How many nonzeros of the runs `first` … `last` are not on the border."""
+    pixels, begins, ends = lists[:UNITS]
+    n = 0
+    for run in range(first, last):
+        if not _on_border(op, pixels[run]):
+            n += ends[run] - begins[run]
     return n
 
 
 @_kernel
-def _activate(op, floats, arena, touched, active, csr, work, shared, member, members, barrier):
+def _activate(op, floats, arena, touched, active, lists, work, shared, member, members, barrier):
     """Collect what passes the activation; or, too much for a scatter, leave it in the sheet."""
     if member == 0:
         shared[FILLED] = 0
@@ -546,25 +610,26 @@ def _activate(op, floats, arena, touched, active, csr, work, shared, member, mem
     if thresholded and np.isnan(tau):
         previous = shared[PREVIOUS]
         tau = _find_tau(
-            op, arena, touched, active, csr, work, shared, condition, floats, member, members,
+            op, arena, touched, active, lists, work, shared, condition, floats, member, members,
             barrier,
         )  # fmt: skip
         _remember(tau, floats, shared, previous)
         if np.isnan(tau):  # between infinite scores
             tau = np.inf
     elif thresholded and tau > 0:
-        _scan(op, member, members, arena, touched, active, condition, np.float32(0), csr)
+        _scan(op, member, members, arena, touched, active, condition, np.float32(0), lists)
+    if thresholded and tau != 0:
+        condition = _condition(op, floats, tau)
     if thresholded and tau > 0:
-        _filter(op, member, members, active, tau, np.float32(floats[CEILING]), csr)
+        _filter(op, member, members, active, condition[4], condition[2], lists)
+    elif _few_pass(op, arena, touched, active, condition, member, members, barrier):
+        _scan(op, member, members, arena, touched, active, condition, np.float32(-1), lists)
+    else:
+        if member == 0:
+            shared[FILLED] = 1
         wait(barrier, members)
         return
-    if thresholded and tau < 0:
-        condition = _condition(op, floats, tau)
-    if _few_pass(op, arena, touched, active, condition, member, members, barrier):
-        _scan(op, member, members, arena, touched, active, condition, np.float32(-1), csr)
-    elif member == 0:
-        shared[FILLED] = 1
-    wait(barrier, members)
+    _list(op, member, members, arena, lists, barrier)
 
 
 @_inlined
@@ -631,11 +696,9 @@ def _count_nonzero(arena, row, width):
 
 
 @_kernel
-def _compact(op, arena, touched, csr, shared, member, members, barrier):
+def _compact(op, arena, touched, lists, shared, member, members, barrier):
     """A sheet's nonzeros by pixel; or, too many for a scatter, leave them where they are."""
-    begins, ends, channels, values, _ = csr
     width, n = op[S_C], 0
-    blocks = width - width % simd.LANES
     first, last = _share(op[S_H] * op[S_W], member, members)
     for p in range(first, last):
         if n > op[DENSE]:
@@ -645,24 +708,21 @@ def _compact(op, arena, touched, csr, shared, member, members, barrier):
     few = total(n, barrier, member, members) <= op[DENSE]
     if member == 0:
         shared[FILLED] = not few
-    end = first * width
-    for p in range(first, last):
-        if not few:
+    if not few:
+        for p in range(first, last):
             _fill(op, arena, touched, p)
-            continue
-        begins[p] = end
-        if touched[op[S_TOUCHED] + p]:
-            row = op[S_OFFSET] + p * op[S_STRIDE]
-            for c in range(0, blocks, simd.LANES):
-                r = simd.load(arena, row + c)
-                end = _emit(c, r, simd.differs(r, np.float32(0)), end, channels, values)
-            for c in range(blocks, width):
-                if arena[row + c] != 0:
-                    channels[end] = c
-                    values[end] = arena[row + c]
-                    end += 1
-        ends[p] = end
-    wait(barrier, members)
+        wait(barrier, members)
+        return
+    units, found, parts, shift = lists[UNITS], lists[FOUND], _parts(members), _shift(op)
+    for part in range(member, parts, members):
+        first, last = _share(op[S_H] * op[S_W], part, parts)
+        end = first * width
+        for p in range(first, last):
+            if touched[op[S_TOUCHED] + p]:
+                row = op[S_OFFSET] + p * op[S_STRIDE]
+                end = _emit_nonzero(arena, row, width, p << shift, end, units)
+        found[1 + part] = end
+    _list(op, member, members, arena, lists, barrier)
 
 
 @_inlined
@@ -675,27 +735,67 @@ def _touch(op, arena, touched, p):
 
 
 @_inlined
-def _add_rows(out, at, weights, start, size, per_filter, channels, values, begin, end):
-    """out[at + j] += Σ v · weights[filter, start + j] over the nonzeros begin … end."""
-    j = 0
-    while j + 128 <= size:
-        simd.add_128(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
-        j += 128
-    if j + 64 <= size:
-        simd.add_64(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
-        j += 64
-    if j + 32 <= size:
-        simd.add_32(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
-        j += 32
-    if j + 16 <= size:
-        simd.add_16(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
-        j += 16
-    while j + 4 <= size:
-        simd.add_4(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
-        j += 4
-    while j < size:
-        simd.add_1(out, at + j, weights, start + j, per_filter, channels, values, begin, end)
-        j += 1
+def _touch_all(op, arena, touched, first, last):
+    """The same of the rows `first` … `last`, between which there are no gaps."""
+    q = first
+    while q < last:
+        begin = q
+        while q < last and not touched[op[T_TOUCHED] + q]:
+            touched[op[T_TOUCHED] + q] = 1
+            q += 1
+        arena[op[T_OFFSET] + begin * op[T_STRIDE] : op[T_OFFSET] + q * op[T_STRIDE]] = 0
+        q += 1
+
+
+@_inlined
+def _add_window(
+    out, at, step, weights, start, w_step, rows, size, per_filter, channels, values, begin, end
+):  # fmt: skip
+    """out[at + i·step + j] += Σ v · weights[filter, start + i·w_step + j], i < rows and j < size.
+
+    Over the nonzeros begin … end. Three rows at a time, as many as most windows have.
+    """
+    i = 0
+    while i + 3 <= rows:
+        to, origin, j = at + i * step, start + i * w_step, 0
+        while j + WIDE <= size:
+            simd.add_3_wide(
+                out, to + j, step, weights, origin + j, w_step, per_filter, WIDE, channels, values,
+                begin, end,
+            )  # fmt: skip
+            j += WIDE
+        while j + simd.LANES <= size:
+            simd.add_3(
+                out, to + j, step, weights, origin + j, w_step, per_filter, simd.LANES, channels,
+                values, begin, end,
+            )  # fmt: skip
+            j += simd.LANES
+        if j < size:
+            simd.add_3_last(
+                out, to + j, step, weights, origin + j, w_step, per_filter, size - j, channels,
+                values, begin, end,
+            )  # fmt: skip
+        i += 3
+    while i < rows:
+        to, origin, j = at + i * step, start + i * w_step, 0
+        while j + WIDE <= size:
+            simd.add_wide(
+                out, to + j, step, weights, origin + j, w_step, per_filter, WIDE, channels, values,
+                begin, end,
+            )  # fmt: skip
+            j += WIDE
+        while j + simd.LANES <= size:
+            simd.add_1(
+                out, to + j, step, weights, origin + j, w_step, per_filter, simd.LANES, channels,
+                values, begin, end,
+            )  # fmt: skip
+            j += simd.LANES
+        if j < size:
+            simd.add_last(
+                out, to + j, step, weights, origin + j, w_step, per_filter, size - j, channels,
+                values, begin, end,
+            )  # fmt: skip
+        i += 1
 
 
 @_inlined
@@ -716,157 +816,137 @@ def _rows_within(op, top, row_first, row_last):
 
 
 @_inlined
-def _reaches_most(op, csr):
+def _reached(op, p, row_first, row_last):
+    """What of the window of the source's pixel `p` lies in the target's rows row_first … row_last.
+
+    As the target's pixel of kernel offset (0, 0), which may lie outside, and ranges of offsets.
+    """
+    y = np.int64(np.uint32(p) // np.uint32(op[S_W]))
+    top, left = y * op[SH] - op[TOP], (p - y * op[S_W]) * op[SW] - op[LEFT]
+    i_first, i_last = _rows_within(op, top, row_first, row_last)
+    j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+    return top * op[T_W] + left, i_first, i_last, j_first, j_last
+
+
+@_inlined
+def _reaches_most(op, lists):
     """Whether a scatter reaches nearly every row, so that to ask at each is more than to clear all.
 
     The windows of its nonzeros have twice as many cells as the target. Rows lie without gaps.
     """
+    begins, ends, runs = lists[BEGINS], lists[ENDS], lists[FOUND][0]
     n, window = 0, op[KH] * op[KW]
-    for p in range(op[S_H] * op[S_W]):
-        n += csr[1][p] - csr[0][p]
+    for run in range(runs):
+        n += ends[run] - begins[run]
     without_gaps = op[DW] == 1 and op[T_STRIDE] == op[T_C]
     return without_gaps and n * window >= 2 * op[T_H] * op[T_W]
 
 
 @_kernel
-def _scatter_part(op, arena, touched, weights, csr, at_once, row_first, row_last, c_first, c_last):
+def _scatter_part(
+    op, arena, touched, weights, lists, at_once, row_first, row_last, c_first, c_last
+):  # fmt: skip
     """Add to the target's rows row_first … row_last and channels c_first … c_last.
 
     With all channels it also clears rows that nobody wrote, and marks them: all `at_once`, or those
     that it reaches.
     """
-    begins, ends, channels, values, _ = csr
-    width, s_height, s_width = op[T_W], op[S_H], op[S_W]
-    kh, kw, sh, sw, dh, dw = op[KH], op[KW], op[SH], op[SW], op[DH], op[DW]
-    pad_top, pad_left, depth, stride = op[TOP], op[LEFT], op[T_C], op[T_STRIDE]
-    target, marks, w_offset = op[T_OFFSET], op[T_TOUCHED], op[W_OFFSET]
-    per_filter, part = kh * kw * depth, c_last - c_first
+    pixels, begins, ends, channels, values, _, found = lists
+    dw, line = op[DW], op[DH] * op[T_W]
+    depth, stride, part = op[T_C], op[T_STRIDE], c_last - c_first
+    per_row = op[KW] * depth
     whole = part == depth
-    one_run = whole and dw == 1 and stride == depth
+    # Neighbours in a row of the kernel are neighbours in the target, if nothing is between.
+    in_line = whole and dw == 1 and stride == depth
     if at_once:
-        for q in range(row_first * width, row_last * width):
-            _touch(op, arena, touched, q)
-    for y in range(s_height):
-        top = y * sh - pad_top
-        i_first, i_last = _rows_within(op, top, row_first, row_last)
-        for x in range(s_width):
-            begin, end = begins[y * s_width + x], ends[y * s_width + x]
-            if begin == end:
-                continue
-            left = x * sw - pad_left
-            j_first, j_last = _kernel_range(left, dw, kw, width)
+        _touch_all(op, arena, touched, row_first * op[T_W], row_last * op[T_W])
+    for run in range(found[0]):
+        origin, i_first, i_last, j_first, j_last = _reached(op, pixels[run], row_first, row_last)
+        if i_first == i_last or j_first == j_last:
+            continue
+        if whole and not at_once:
             for i in range(i_first, i_last):
-                q = (top + i * dh) * width + left
-                if whole and not at_once:
-                    for j in range(j_first, j_last):
-                        mark = marks + q + j * dw
-                        if not touched[mark]:
-                            touched[mark] = 1
-                            at = target + (q + j * dw) * stride
-                            arena[at : at + depth] = 0
-                if one_run:
-                    at = target + (q + j_first) * stride
-                    start = w_offset + (i * kw + j_first) * depth
-                    size = (j_last - j_first) * depth
-                    _add_rows(
-                        arena, at, weights, start, size, per_filter, channels, values, begin, end
-                    )
-                    continue
                 for j in range(j_first, j_last):
-                    at = target + (q + j * dw) * stride + c_first
-                    start = w_offset + (i * kw + j) * depth + c_first
-                    _add_rows(
-                        arena, at, weights, start, part, per_filter, channels, values, begin, end
-                    )
+                    _touch(op, arena, touched, origin + i * line + j * dw)
+        together = j_last - j_first if in_line else 1
+        for j in range(j_first, j_last, together):
+            q = origin + i_first * line + j * dw
+            _add_window(
+                arena, op[T_OFFSET] + q * stride + c_first, line * stride, weights,
+                op[W_OFFSET] + i_first * per_row + j * depth + c_first, per_row, i_last - i_first,
+                together * part, op[KH] * per_row, channels, values, begins[run], ends[run],
+            )  # fmt: skip
 
 
 @_kernel
-def _scatter_grouped(op, arena, weights, csr, touched, row_first, row_last):
+def _scatter_grouped(op, arena, touched, weights, lists, row_first, row_last):
     """Grouped and depthwise convolutions: every nonzero reaches its own group's channels only."""
-    begins, ends, channels, values, _ = csr
+    pixels, begins, ends, channels, values, _, found = lists
     kh, kw = op[KH], op[KW]
     outs, ins = op[S_C] // op[GROUP], op[T_C] // op[GROUP]
-    for y in range(op[S_H]):
-        top = y * op[SH] - op[TOP]
-        i_first, i_last = _rows_within(op, top, row_first, row_last)
-        for x in range(op[S_W]):
-            p = y * op[S_W] + x
-            if begins[p] == ends[p]:
-                continue
-            left = x * op[SW] - op[LEFT]
-            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-            for i in range(i_first, i_last):
-                for j in range(j_first, j_last):
-                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    _touch(op, arena, touched, q)
-                    at = op[T_OFFSET] + q * op[T_STRIDE]
-                    for k in range(begins[p], ends[p]):
-                        co = channels[k]
-                        to = at + co // outs * ins
-                        w = op[W_OFFSET] + ((co * kh + i) * kw + j) * ins
-                        for c in range(ins):
-                            arena[to + c] += values[k] * weights[w + c]
+    for run in range(found[0]):
+        origin, i_first, i_last, j_first, j_last = _reached(op, pixels[run], row_first, row_last)
+        for i in range(i_first, i_last):
+            for j in range(j_first, j_last):
+                q = origin + i * op[DH] * op[T_W] + j * op[DW]
+                _touch(op, arena, touched, q)
+                at = op[T_OFFSET] + q * op[T_STRIDE]
+                for k in range(begins[run], ends[run]):
+                    co = channels[k]
+                    to = at + co // outs * ins
+                    w = op[W_OFFSET] + ((co * kh + i) * kw + j) * ins
+                    for c in range(ins):
+                        arena[to + c] += values[k] * weights[w + c]
 
 
 @_kernel
-def _scatter(op, arena, touched, weights, csr, member, members, barrier):
+def _scatter(op, arena, touched, weights, lists, member, members, barrier):
     """A convolution's transpose from the nonzeros of its output's gradient."""
     if op[GROUP] > 1:
         first, last = _share(op[T_H], member, members)
-        _scatter_grouped(op, arena, weights, csr, touched, first, last)
+        _scatter_grouped(op, arena, touched, weights, lists, first, last)
         wait(barrier, members)
         return
     by_channel = members > 1 and op[T_C] >= 64 * members
     if by_channel:
         blocks_first, blocks_last = _share((op[T_C] + 15) // 16, member, members)
         c_first, c_last = blocks_first * 16, min(blocks_last * 16, op[T_C])
-        _clear_reached(op, arena, touched, csr, c_first, c_last)
+        _clear_reached(op, arena, touched, lists, c_first, c_last)
         wait(barrier, members)
         if member == 0:
-            _mark_reached(op, touched, csr)
+            _mark_reached(op, touched, lists)
         wait(barrier, members)
-        _scatter_part(op, arena, touched, weights, csr, False, 0, op[T_H], c_first, c_last)
+        _scatter_part(op, arena, touched, weights, lists, False, 0, op[T_H], c_first, c_last)
     else:
-        parts, at_once = _parts(members), _reaches_most(op, csr)
+        parts, at_once = _parts(members), _reaches_most(op, lists)
         for part in range(member, parts, members):
             first, last = _share(op[T_H], part, parts)
-            _scatter_part(op, arena, touched, weights, csr, at_once, first, last, 0, op[T_C])
+            _scatter_part(op, arena, touched, weights, lists, at_once, first, last, 0, op[T_C])
     wait(barrier, members)
 
 
 @_kernel
-def _clear_reached(op, arena, touched, csr, c_first, c_last):
+def _clear_reached(op, arena, touched, lists, c_first, c_last):
     """Clear this thread's channels in every row that the scatter will reach."""
-    for y in range(op[S_H]):
-        for x in range(op[S_W]):
-            p = y * op[S_W] + x
-            if csr[0][p] == csr[1][p]:
-                continue
-            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
-            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
-            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-            for i in range(i_first, i_last):
-                for j in range(j_first, j_last):
-                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    if not touched[op[T_TOUCHED] + q]:
-                        start = op[T_OFFSET] + q * op[T_STRIDE]
-                        arena[start + c_first : start + c_last] = 0
+    pixels, found = lists[PIXELS], lists[FOUND]
+    for run in range(found[0]):
+        origin, i_first, i_last, j_first, j_last = _reached(op, pixels[run], 0, op[T_H])
+        for i in range(i_first, i_last):
+            for j in range(j_first, j_last):
+                q = origin + i * op[DH] * op[T_W] + j * op[DW]
+                if not touched[op[T_TOUCHED] + q]:
+                    start = op[T_OFFSET] + q * op[T_STRIDE]
+                    arena[start + c_first : start + c_last] = 0
 
 
 @_kernel
-def _mark_reached(op, touched, csr):
-    for y in range(op[S_H]):
-        for x in range(op[S_W]):
-            p = y * op[S_W] + x
-            if csr[0][p] == csr[1][p]:
-                continue
-            top, left = y * op[SH] - op[TOP], x * op[SW] - op[LEFT]
-            i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
-            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
-            for i in range(i_first, i_last):
-                for j in range(j_first, j_last):
-                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    touched[op[T_TOUCHED] + q] = 1
+def _mark_reached(op, touched, lists):
+    pixels, found = lists[PIXELS], lists[FOUND]
+    for run in range(found[0]):
+        origin, i_first, i_last, j_first, j_last = _reached(op, pixels[run], 0, op[T_H])
+        for i in range(i_first, i_last):
+            for j in range(j_first, j_last):
+                touched[op[T_TOUCHED] + origin + i * op[DH] * op[T_W] + j * op[DW]] = 1
 
 
 @_kernel
@@ -897,15 +977,14 @@ def _relu(z):
 
 
 @_kernel
-def _store(op, arena, touched, csr, first, last):
-    """Add a list of nonzeros to a sheet of the same pixels."""
-    begins, ends, channels, values, _ = csr
-    for p in range(first, last):
-        if begins[p] == ends[p]:
-            continue
+def _store(op, arena, touched, lists, first, last):
+    """Add the runs `first` … `last` to a sheet of the same pixels."""
+    pixels, begins, ends, channels, values, _, _ = lists
+    for run in range(first, last):
+        p = pixels[run]
         _touch(op, arena, touched, p)
         at = op[T_OFFSET] + p * op[T_STRIDE]
-        for i in range(begins[p], ends[p]):
+        for i in range(begins[run], ends[run]):
             arena[at + channels[i]] += values[i]
 
 
@@ -918,67 +997,83 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
     """
     width = op[C_LAST] - op[C_FIRST]
     blocks = width - width % simd.LANES
-    for y in range(op[S_H]):
-        top = y * op[SH] - op[TOP]
-        own_first, own_last = _rows_within(op, top, row_first, row_last)
+    # Vectors of all channels need not be cleared before something is added to them.
+    cleared = blocks != op[T_C]
+    a_stride, t_stride, line, step = op[A_STRIDE], op[T_STRIDE], op[DH] * op[T_W], op[DW]
+    strides = a_stride, t_stride, line, step
+    ahead = op[SH] * op[T_W]  # the windows below
+    for p in range(op[S_H] * op[S_W]):
+        if not touched[op[S_TOUCHED] + p]:
+            continue
+        origin, own_first, own_last, j_first, j_last = _reached(op, p, row_first, row_last)
         if own_first == own_last:
             continue
-        for x in range(op[S_W]):
-            p, left = y * op[S_W] + x, x * op[SW] - op[LEFT]
-            if not touched[op[S_TOUCHED] + p]:
-                continue
-            j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+        _, i_first, i_last, _, _ = _reached(op, p, 0, op[T_H])
+        window = i_first, i_last, j_first, j_last, own_first, own_last
+        if cleared:
             for i in range(own_first, own_last):
                 for j in range(j_first, j_last):
-                    _touch(op, arena, touched, (top + i * op[DH]) * op[T_W] + left + j * op[DW])
-            for c in range(0, blocks, simd.LANES):
-                _pool_vector(op, arena, active, p, top, left, own_first, own_last, c)
-            for c in range(blocks, width):
-                _pool_unit(op, arena, active, p, top, left, own_first, own_last, c)
+                    _touch(op, arena, touched, origin + i * line + j * step)
+        source = op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST]
+        places = op[A_OFFSET] + origin * a_stride, op[T_OFFSET] + origin * t_stride + op[C_FIRST]
+        marks = op[T_TOUCHED] + origin
+        for i in range(i_first, i_last):
+            for j in range(j_first, j_last):
+                cell = i * line + j * step + ahead
+                for c in range(0, blocks, simd.LANES):
+                    simd.prefetch(active, places[0] + cell * a_stride + c)
+                    simd.prefetch(arena, places[1] + cell * t_stride + c)
+        for c in range(0, blocks, simd.LANES):
+            r = simd.load(arena, source + c)
+            _pool_vector(arena, touched, active, r, c, places, marks, strides, window)
+        for c in range(blocks, width):
+            if arena[source + c] != 0:
+                _pool_unit(arena, active, arena[source + c], c, places, strides, window)
+        for i in range(own_first, own_last):
+            for j in range(j_first, j_last):
+                touched[marks + i * line + j * step] = 1
 
 
 @_inlined
-def _pool_vector(op, arena, active, p, top, left, own_first, own_last, c):
-    """Sixteen channels of one window, all rows of which hold numbers."""
-    r = simd.load(arena, op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST] + c)
+def _pool_vector(arena, touched, active, r, c, places, marks, strides, window):
+    """Sixteen channels of one window; they are the first in rows that nobody has touched."""
+    read, write = places
+    a_stride, t_stride, line, step = strides
+    i_first, i_last, j_first, j_last, own_first, own_last = window
     waiting = simd.differs(r, np.float32(0))
-    if not waiting:
-        return
-    i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
-    j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
     best = simd.splat(np.float32(-np.inf))
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
-            q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-            best = simd.larger(simd.load(active, op[A_OFFSET] + q * op[A_STRIDE] + c), best)
+            cell = i * line + j * step
+            best = simd.larger(simd.load(active, read + cell * a_stride + c), best)
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
-            q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-            a = simd.load(active, op[A_OFFSET] + q * op[A_STRIDE] + c)
+            cell = i * line + j * step
+            a = simd.load(active, read + cell * a_stride + c)
             wins = waiting & simd.equals(a, best)
             waiting ^= wins
             if own_first <= i < own_last:
-                at = op[T_OFFSET] + q * op[T_STRIDE] + op[C_FIRST] + c
-                simd.store(arena, at, simd.add(simd.load(arena, at), simd.keep(r, wins)))
+                at = write + cell * t_stride + c
+                known = np.uint64(0xFFFF) * np.uint64(touched[marks + cell])
+                before = simd.keep(simd.load(arena, at), known)
+                simd.store(arena, at, simd.add(before, simd.keep(r, wins)))
 
 
 @_inlined
-def _pool_unit(op, arena, active, p, top, left, own_first, own_last, c):
-    """One channel of one window."""
-    r = arena[op[S_OFFSET] + p * op[S_STRIDE] + op[C_FIRST] + c]
-    if r == 0:
-        return
-    i_first, i_last = _kernel_range(top, op[DH], op[KH], op[T_H])
-    j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
+def _pool_unit(arena, active, r, c, places, strides, window):
+    """One channel of one window, all rows of which hold numbers."""
+    read, write = places
+    a_stride, t_stride, line, step = strides
+    i_first, i_last, j_first, j_last, own_first, own_last = window
     best, row, winner = np.float32(-np.inf), -1, -1
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
-            q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-            a = active[op[A_OFFSET] + q * op[A_STRIDE] + c]
-            if a > best or (winner < 0 and a == best):
-                best, row, winner = a, i, q
+            cell = i * line + j * step
+            a = active[read + cell * a_stride + c]
+            if a > best or (row < 0 and a == best):
+                best, row, winner = a, i, cell
     if own_first <= row < own_last:
-        arena[op[T_OFFSET] + winner * op[T_STRIDE] + op[C_FIRST] + c] += r
+        arena[write + winner * t_stride + c] += r
 
 
 @_kernel
@@ -1056,7 +1151,7 @@ def read(arenas, touched, begin, stride, marks, result):
 
 @njit(nogil=True, cache=True)
 def advance(
-    table, floats, first, rows, samples, arenas, touched, active, weights, csr, work, shared,
+    table, floats, first, rows, samples, arenas, touched, active, weights, lists, work, shared,
     member, members, barrier,
 ):  # fmt: skip
     """Run the table for each of `samples`, from row `rows[sample]`, as far as it goes.
@@ -1078,10 +1173,11 @@ def advance(
         Which of the N samples this team runs.
     arenas : float32 array, (N, floats per sample); touched : uint8 array, (N, marks per sample)
     active, weights : float32 array
-    csr : tuple of arrays
-        This team's begins and ends (int64, by pixel), channels (int32), values, scores (float32).
-    work : tuple of arrays
-        float32, as long as the largest layer has units, and BINS int64.
+    lists : tuple of arrays
+        This team's, see PIXELS: int64 by pixel three times, int32 by unit, float32 by unit twice,
+        and `found_by(members)` int64.
+    work : float32 array
+        As long as the largest layer has units.
     shared : float64 array
         Words that the team shares.
     member, members, barrier
@@ -1094,7 +1190,7 @@ def advance(
         bound[:, A_OFFSET] = table[:, A_OFFSET] + (first + sample) * table[:, A_LENGTH]
         bound[:, B_OFFSET] = table[:, B_OFFSET] + (first + sample) * table[:, B_LENGTH]
         stopped = _run(
-            bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, csr,
+            bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, lists,
             work, shared, member, members, barrier,
         )  # fmt: skip
         wait(barrier, members)
@@ -1105,7 +1201,7 @@ def advance(
 
 @_kernel
 def _run(
-    table, floats, start, arena, touched, active, weights, csr, work, shared, member, members,
+    table, floats, start, arena, touched, active, weights, lists, work, shared, member, members,
     barrier,
 ):  # fmt: skip
     row = start
@@ -1118,53 +1214,61 @@ def _run(
             return row
         if kind == ACTIVATE:
             _activate(
-                op, floats[row], arena, touched, active, csr, work, shared, member, members, barrier
-            )
+                op, floats[row], arena, touched, active, lists, work, shared, member, members,
+                barrier,
+            )  # fmt: skip
         elif kind == COMPACT:
-            _compact(op, arena, touched, csr, shared, member, members, barrier)
+            _compact(op, arena, touched, lists, shared, member, members, barrier)
         elif kind == SCATTER:
-            if _too_many(op, arena, touched, csr, shared, member, members, barrier):
+            if _too_many(op, arena, touched, lists, shared, member, members, barrier):
                 return row
-            _scatter(op, arena, touched, weights, csr, member, members, barrier)
+            _scatter(op, arena, touched, weights, lists, member, members, barrier)
         else:
-            _shared(op, floats[row], arena, touched, active, weights, csr, shared, member, members)
+            _shared(
+                op, floats[row], arena, touched, active, weights, lists, shared, member, members
+            )
             wait(barrier, members)
         row += 1
     return row
 
 
 @_kernel
-def _too_many(op, arena, touched, csr, shared, member, members, barrier):
+def _too_many(op, arena, touched, lists, shared, member, members, barrier):
     """Whether the scatter is left to a dense product; if so, its source is put into its sheet.
 
     With its border, which a trace shows: the padding trick is then left to the product too.
     """
     if shared[FILLED]:
         return True
-    first, last = _share(op[S_H] * op[S_W], member, members)
-    inner = total(_count_inside(op, csr, first, last), barrier, member, members)
+    first, last = _share(lists[FOUND][0], member, members)
+    inner = total(_count_inside(op, lists, first, last), barrier, member, members)
     if inner > op[DENSE]:
-        _spread_out(op, arena, touched, csr, first, last)
-    else:
-        _clear_border(op, csr, first, last)
+        first, last = _share(op[S_H] * op[S_W], member, members)
+        _spread_out(op, arena, touched, lists, first, last)
+    elif member == 0 and op[BORDER]:
+        _drop_border(op, lists)
     wait(barrier, members)
     return inner > op[DENSE]
 
 
 @_kernel
-def _spread_out(op, arena, touched, csr, first, last):
-    """Replace the scatter's source sheet by the list of nonzeros, every row written."""
-    begins, ends, channels, values, _ = csr
+def _spread_out(op, arena, touched, lists, first, last):
+    """Replace the pixels `first` … `last` of the scatter's source sheet by the runs."""
+    pixels, begins, ends, channels, values, _, found = lists
     for p in range(first, last):
         _fill(op, arena, touched, p)
         at = op[S_OFFSET] + p * op[S_STRIDE]
         arena[at : at + op[S_C]] = 0
-        for i in range(begins[p], ends[p]):
-            arena[at + channels[i]] = values[i]
+    for run in range(found[0]):
+        p = pixels[run]
+        if first <= p < last:
+            at = op[S_OFFSET] + p * op[S_STRIDE]
+            for i in range(begins[run], ends[run]):
+                arena[at + channels[i]] = values[i]
 
 
 @_kernel
-def _shared(op, floats, arena, touched, active, weights, csr, shared, member, members):
+def _shared(op, floats, arena, touched, active, weights, lists, shared, member, members):
     """Operations that every thread does for its own pixels, or rows of the target."""
     kind = op[OP]
     if kind in (MAX_POOL, AVERAGE_POOL):
@@ -1180,10 +1284,12 @@ def _shared(op, floats, arena, touched, active, weights, csr, shared, member, me
         first, last = _share(op[S_H] * op[S_W], member, members)
         _ratio(op, floats, arena, touched, active, first, last)
         return
-    first, last = _share(op[T_H] * op[T_W], member, members)
     if kind == STORE and not shared[FILLED]:
-        _store(op, arena, touched, csr, first, last)
-    elif kind == FORGET:
+        first, last = _share(lists[FOUND][0], member, members)
+        _store(op, arena, touched, lists, first, last)
+        return
+    first, last = _share(op[T_H] * op[T_W], member, members)
+    if kind == FORGET:
         touched[op[T_TOUCHED] + first : op[T_TOUCHED] + last] = 0
     else:
         _add(op, arena, touched, weights, kind == SCALE, first, last)

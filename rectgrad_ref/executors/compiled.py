@@ -95,7 +95,7 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
         groups = [slice(*pair) for pair in pairwise(ends)]
         most = -(-len(seed) // turns)
         arenas, touched = chunk.memory.arenas(program, crew.size * most)
-        teams = [_Team(chunk, i) for i in range(crew.size)]
+        teams = [_Team(chunk, i, 1) for i in range(crew.size)]
         waiting = iter(groups)
 
         def work(thread: int) -> None:
@@ -103,7 +103,7 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
                 own = slice(thread * most, thread * most + group.stop - group.start)
                 walk = _Walk(chunk, dense, group.start, arenas[own], touched[own])
                 walk.plant(seed[group])
-                teams[thread].run(walk, np.arange(len(walk.rows)), 0, 1)
+                teams[thread].run(walk, np.arange(len(walk.rows)), 0)
                 result[group] = walk.gradient(graph.input)
 
         crew.map(work, range(crew.size))
@@ -160,30 +160,30 @@ class _Walk(Walk[Program, Memory]):
         everyone, size = np.arange(len(self.rows)), crew.size
         if len(everyone) >= size:
             shares = np.array_split(everyone, size)
-            teams = [_Team(self.chunk, i) for i in range(size)]
-            crew.map(lambda i: teams[i].run(self, shares[i], 0, 1), range(size))
+            teams = [_Team(self.chunk, i, 1) for i in range(size)]
+            crew.map(lambda i: teams[i].run(self, shares[i], 0), range(size))
         else:
-            team = _Team(self.chunk, 0)
-            crew.map(lambda member: team.run(self, everyone, member, size), range(size))
+            team = _Team(self.chunk, 0, size)
+            crew.map(lambda member: team.run(self, everyone, member), range(size))
 
 
 class _Team:
     """Threads that do the same samples together, or one thread alone."""
 
-    def __init__(self, chunk: _Chunk, number: int) -> None:
-        self.chunk, program = chunk, chunk.program
+    def __init__(self, chunk: _Chunk, number: int, members: int) -> None:
+        self.chunk, self.members, program = chunk, members, chunk.program
         self.table = program.table_of_one_baseline if chunk.shares else program.table
-        self.scratch = chunk.memory.scratch(number, program)
+        self.scratch = chunk.memory.scratch(number, members, program)
         self.floats = program.floats.copy()
         self.errors: list[BaseException] = []
 
-    def run(self, walk: _Walk, samples: np.ndarray, member: int, members: int) -> None:
+    def run(self, walk: _Walk, samples: np.ndarray, member: int) -> None:
         """As far as the table goes; scatters of too many are done by dense products."""
         rows, table = walk.rows, self.table
         steps, sheets = self.chunk.program.steps, self.chunk.program.sheets
         waiting = samples
         while True:
-            self._advance(walk, waiting, member, members)
+            self._advance(walk, waiting, member)
             # Samples stop at different rows, because each has nonzeros of its own. Those that are
             # behind go first, so that as many as possible meet.
             row = int(rows[samples].min())
@@ -193,22 +193,20 @@ class _Team:
                 return
             waiting = samples[rows[samples] == row]
             try:
-                self._dense(walk, steps[row], waiting, member, members)
+                self._dense(walk, steps[row], waiting, member)
             except BaseException as error:  # nobody may be left waiting
                 self.errors.append(error)
-            wait(self.scratch.barrier, members)  # by now, all have looked at the rows
+            wait(self.scratch.barrier, self.members)  # by now, all have looked at the rows
             if self.errors:
                 raise self.errors[0]
             if member == 0:
                 mark(sheets[steps[row].node.inputs[0]], walk.sheets[1], waiting)
                 rows[waiting] += 1
 
-    def _dense(
-        self, walk: _Walk, step: Step, samples: np.ndarray, member: int, members: int
-    ) -> None:
+    def _dense(self, walk: _Walk, step: Step, samples: np.ndarray, member: int) -> None:
         """One member's share of the channels that a dense product adds to."""
         node, sheets = step.node, self.chunk.program.sheets
-        parts = parts_of(node, members)
+        parts = parts_of(node, self.members)
         if member >= parts:
             return
         R = image_of(sheets[node.outputs[0]], *walk.sheets, samples)
@@ -218,7 +216,7 @@ class _Team:
         result = transpose(R, partial(self.scratch.room, member))
         add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, transpose.channels)
 
-    def _advance(self, walk: _Walk, samples: np.ndarray, member: int, members: int) -> None:
+    def _advance(self, walk: _Walk, samples: np.ndarray, member: int) -> None:
         chunk, scratch = self.chunk, self.scratch
         k.advance(
             self.table,
@@ -229,10 +227,10 @@ class _Team:
             *walk.sheets,
             chunk.memory.active,
             chunk.program.weights,
-            scratch.csr,
+            scratch.lists,
             scratch.work,
             scratch.shared,
             member,
-            members,
+            self.members,
             scratch.barrier,
         )

@@ -16,8 +16,6 @@ from .storage import aligned
 if TYPE_CHECKING:
     from .cpu import Program
 
-_SAMPLED = 2048  # the least that `kernels.cpu` wants of its scratch
-
 
 class _Growing:
     """Arrays by name, as large as was ever asked for."""
@@ -41,20 +39,19 @@ class Scratch:
         self.shared = np.zeros(k.SHARED)
         self.barrier = new_barrier()
 
-    def fit(self, program: Program) -> None:
+    def fit(self, program: Program, members: int) -> None:
         """Make room for the program's largest layer."""
         take, units, pixels = self._arrays.take, program.units, program.pixels
-        self.csr = (
+        self.lists = (
+            take("pixels", pixels, np.int64),
             take("begins", pixels, np.int64),
             take("ends", pixels, np.int64),
-            take("channels", units, np.int32),
+            take("units", units, np.int32),
             take("values", units, np.float32),
             take("scores", units, np.float32),
+            take("found", k.found_by(members), np.int64),
         )
-        self.work = (
-            take("work", max(units, _SAMPLED), np.float32),
-            take("counts", k.BINS, np.int64),
-        )
+        self.work = take("work", units, np.float32)
 
     def room(self, member: int, size: int) -> np.ndarray:
         """For what one member computes by itself."""
@@ -86,8 +83,8 @@ class Memory(ProgramMemory):
             touched.reshape(count, program.touched_size),
         )
 
-    def scratch(self, team: int, program: Program) -> Scratch:
-        """The scratch of one of the teams that are at work."""
+    def scratch(self, team: int, members: int, program: Program) -> Scratch:
+        """The scratch of one of the teams that are at work, and of so many members."""
         scratch = self._scratches[team]
-        scratch.fit(program)
+        scratch.fit(program, members)
         return scratch

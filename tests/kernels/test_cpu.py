@@ -94,16 +94,15 @@ def advance(
 ) -> Array:
     """Let a team call the kernel; the words that it shared."""
     pixels, units = max(1, touched.shape[1]), max(1, arenas.shape[1])
-    csr = (
-        np.full(pixels, -(10**6)),
-        np.full(pixels, -(10**6)),
-        np.zeros(units, np.int32),
-        np.full(units, np.nan, np.float32),
-        np.full(units, np.nan, np.float32),
+    lists = (
+        *np.full((3, pixels), -(10**6)),
+        np.full(units, -(10**6), np.int32),
+        *np.full((2, units), np.nan, np.float32),
+        np.full(k.found_by(members), -(10**6)),
     )
-    work = (np.empty(max(units, 2048), np.float32), np.empty(k.BINS, np.int64))
+    work = np.empty(units, np.float32)
     shared = np.full(k.SHARED, np.nan)
-    memory = (arenas, touched, active, weights, csr, work, shared)
+    memory = (arenas, touched, active, weights, lists, work, shared)
     team = (members, new_barrier())
     arguments = (*_table(table), 0, rows, np.array(samples), *memory)
     with ThreadPoolExecutor(members) as pool:
@@ -632,7 +631,7 @@ def test_nth_largest(n: int, index: int, distinct: int, rng: np.random.Generator
     values = rng.integers(0, distinct, n).astype(np.float32)
     index %= n
     expected = np.partition(values, n - 1 - index)[n - 1 - index]
-    assert k.nth_largest(values.copy(), index, np.empty(k.BINS, np.int64)) == expected
+    assert k.nth_largest(values.copy(), index) == expected
 
 
 @pytest.mark.parametrize("order", [np.sort, lambda v: np.sort(v)[::-1], np.zeros_like])
@@ -640,7 +639,7 @@ def test_nth_largest_of_ordered_values(order: Any) -> None:
     values = order(np.random.default_rng(0).standard_normal(20_000).astype(np.float32))
     for index in (0, 400, 10_000, 19_999):
         expected = np.partition(values, values.size - 1 - index)[values.size - 1 - index]
-        assert k.nth_largest(np.array(values), index, np.empty(k.BINS, np.int64)) == expected
+        assert k.nth_largest(np.array(values), index) == expected
 
 
 # --- sheets ---------------------------------------------------------------------------------------

@@ -119,26 +119,59 @@ def test_the_lanes_of_a_mask_are_appended(mask: int) -> None:
         assert (array[:4] == -1).all() and (array[4 + LANES :] == -1).all()
 
 
-ADDERS = {128: simd.add_128, 64: simd.add_64, 32: simd.add_32}
-ADDERS |= {16: simd.add_16, 4: simd.add_4, 1: simd.add_1}
+WIDE = simd.WIDE * LANES
+ADDERS = {
+    (3, WIDE): simd.add_3_wide,
+    (3, LANES): simd.add_3,
+    (1, WIDE): simd.add_wide,
+    (1, LANES): simd.add_1,
+    **{(3, size): simd.add_3_last for size in (1, 9, 15)},
+    **{(1, size): simd.add_last for size in (1, 9, 15)},
+}
 
 
-@pytest.mark.parametrize("size", ADDERS)
+@pytest.mark.parametrize("window", ADDERS)
 @pytest.mark.parametrize("terms", [1, 2, 7])
-def test_rows_of_weights_are_added(size: int, terms: int) -> None:
+def test_rows_of_weights_are_added(window: tuple[int, int], terms: int) -> None:
     """Small integers, of which float32 makes no rounding errors."""
-    adder = ADDERS[size]
+    adder, (rows, size) = ADDERS[window], window
 
     @njit
     def add(*arguments):  # type: ignore[no-untyped-def]
         adder(*arguments)
 
     rng = np.random.default_rng(size + terms)
-    out, weights = (rng.integers(-4, 5, n).astype(np.float32) for n in (size + 9, 10 * size + 20))
-    channels = rng.integers(0, 10, terms + 4).astype(np.int32)
+    step, w_step, filters = size + 3, size + 2, 10
+    out = rng.integers(-4, 5, 5 + rows * step + LANES).astype(np.float32)
+    weights = rng.integers(-4, 5, (filters, rows, w_step)).astype(np.float32)
+    channels = rng.integers(0, filters, terms + 4).astype(np.int32)
     values = rng.integers(-4, 5, terms + 4).astype(np.float32)
     expected = out.copy()
+    cells = np.lib.stride_tricks.sliding_window_view(expected[5:], step, writeable=True)[::step]
     for c, v in zip(channels[2 : 2 + terms], values[2 : 2 + terms], strict=True):
-        expected[5 : 5 + size] += v * weights[3 + c * size : 3 + (c + 1) * size]
-    add(out, 5, weights, 3, size, channels, values, 2, 2 + terms)
+        cells[:rows, :size] += v * weights[c, :, 1 : 1 + size]
+    per_filter = rows * w_step
+    flat = weights.ravel()
+    add(out, 5, step, flat, 1, w_step, per_filter, size, channels, values, 2, 2 + terms)
     np.testing.assert_array_equal(out, expected)
+
+
+@njit
+def prefetch(x, at):  # type: ignore[no-untyped-def]
+    simd.prefetch(x, at)
+
+
+@pytest.mark.parametrize("at", [0, 10**6, -(10**6)])
+def test_what_lies_outside_may_be_asked_for(at: int) -> None:
+    prefetch(np.zeros(4, np.float32), at)
+
+
+def test_integers_are_loaded_too() -> None:
+    numbers, found = np.arange(40, dtype=np.int32), np.full(LANES, -1, np.int32)
+
+    @njit
+    def copy(x, to):  # type: ignore[no-untyped-def]
+        simd.append(to, 0, simd.load(x, 7), np.uint64(0xFFFF))
+
+    copy(numbers, found)
+    np.testing.assert_array_equal(found, numbers[7 : 7 + LANES])
