@@ -311,11 +311,12 @@ def _keep_below(values, n, pivot):
 
 
 @_kernel
-def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
-    """A score that, by a sample, somewhat more than `rank` units exceed; at least 0.
+def _sampled_bound(op, arena, touched, active, condition, work, found):
+    """A score that, by a sample, somewhat more than RANK_LOW units exceed; at least 0.
 
     Pixels that nothing has touched score 0, so that only the others, listed in `found`, are asked.
     """
+    mode, eps = condition[:2]
     channels, n = op[S_C], 0
     for p in range(op[S_H] * op[S_W]):
         found[n] = p
@@ -329,7 +330,7 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
         r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
         s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
         work[i] = s if s == s else np.float32(0)  # it is not where an activation has overflowed
-    expected = (rank + 1) / max(units, 1) * taken
+    expected = (op[RANK_LOW] + 1) / max(units, 1) * taken
     wanted = int(expected + 4 * np.sqrt(expected) + 4)
     if wanted >= taken:
         return np.float32(0)
@@ -337,8 +338,9 @@ def _sampled_bound(op, arena, touched, active, mode, eps, rank, work, found):
 
 
 @_kernel
-def _all_scores(op, arena, touched, active, mode, eps, work):
+def _all_scores(op, arena, touched, active, condition, work):
     """The scores of all units, 0 where one is no number; returns how many there are."""
+    mode, eps = condition[:2]
     width, pixels = op[S_C], op[S_H] * op[S_W]
     for p in range(pixels):
         row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
@@ -479,8 +481,9 @@ def _collected(op, lists, members, work):
 
 
 @_kernel
-def _reach_zero(op, wanted, arena, touched, active, mode, eps):
+def _reach_zero(op, wanted, arena, touched, active, condition):
     """Whether more than `wanted` scores are not negative, as in rows that nothing has touched."""
+    mode, eps = condition[:2]
     width, marks, pixels = op[S_C], op[S_TOUCHED], op[S_H] * op[S_W]
     found, left = pixels * width, 0
     for p in range(pixels):
@@ -506,15 +509,15 @@ def _between(lower, upper, fraction):
 
 
 @_kernel
-def _tau_of_all(op, floats, found, arena, touched, active, mode, eps, work):
+def _tau_of_all(op, floats, found, arena, touched, active, condition, work):
     """τ where only `found` scores are positive, too few for it to be."""
     low, high = op[RANK_LOW], op[RANK_HIGH]
-    if found <= high and _reach_zero(op, low, arena, touched, active, mode, eps):
+    if found <= high and _reach_zero(op, low, arena, touched, active, condition):
         return 0.0
-    n = _all_scores(op, arena, touched, active, mode, eps, work)
+    n = _all_scores(op, arena, touched, active, condition, work)
     upper = lower = nth_largest(work[:n], high)
     if low != high:
-        _all_scores(op, arena, touched, active, mode, eps, work)
+        _all_scores(op, arena, touched, active, condition, work)
         lower = nth_largest(work[:n], low)
     return _between(lower, upper, floats[FRACTION])
 
@@ -528,14 +531,12 @@ def _find_tau(
     Returns τ; where it is negative or zero the candidates are not complete, because others pass
     too. They exceed a guess, or what a sample says: both only decide how many there are.
     """
-    mode, eps = condition[:2]
-    low, high = op[RANK_LOW], op[RANK_HIGH]
     guess = floats[GUESS]
     bound = np.float32(max(_GUESSED * guess, 0) * shared[PREVIOUS])
     if guess == 0:
         if member == 0:
             shared[THRESHOLD] = _sampled_bound(
-                op, arena, touched, active, mode, eps, low, work, lists[PIXELS]
+                op, arena, touched, active, condition, work, lists[PIXELS]
             )
         wait(barrier, members)
         bound = np.float32(shared[THRESHOLD])
@@ -543,30 +544,32 @@ def _find_tau(
         _scan(op, member, members, arena, touched, active, condition, bound, lists)
         wait(barrier, members)
         if member == 0:
-            found = _collected(op, lists, members, work)
-            shared[FINAL] = 1
-            if found > low:
-                upper = lower = nth_largest(work[:found], high)
-                if low != high:
-                    _collected(op, lists, members, work)
-                    lower = nth_largest(work[:found], low)
-                shared[THRESHOLD] = _between(lower, upper, floats[FRACTION])
-            elif bound > 0:
-                less = _sampled_bound(
-                    op, arena, touched, active, mode, eps, low, work, lists[PIXELS]
-                )
-                shared[THRESHOLD] = less if less < bound else np.float32(0)
-                shared[FINAL] = 0
-            else:
-                shared[THRESHOLD] = _tau_of_all(
-                    op, floats, found, arena, touched, active, mode, eps, work
-                )
+            shared[FINAL], shared[THRESHOLD] = _tau_or_bound(
+                op, floats, bound, arena, touched, active, condition, lists, members, work
+            )
         wait(barrier, members)
-        done, bound = shared[FINAL] == 1, np.float32(shared[THRESHOLD])
-        tau = shared[THRESHOLD]
+        done, tau = shared[FINAL] == 1, shared[THRESHOLD]
         wait(barrier, members)
         if done:
             return tau
+        bound = np.float32(tau)
+
+
+@_kernel
+def _tau_or_bound(op, floats, bound, arena, touched, active, condition, lists, members, work):
+    """Whether the candidates above a bound tell τ, and τ; otherwise a lower bound."""
+    low, high = op[RANK_LOW], op[RANK_HIGH]
+    found = _collected(op, lists, members, work)
+    if found > low:
+        upper = lower = nth_largest(work[:found], high)
+        if low != high:
+            _collected(op, lists, members, work)
+            lower = nth_largest(work[:found], low)
+        return True, _between(lower, upper, floats[FRACTION])
+    if bound > 0:
+        less = _sampled_bound(op, arena, touched, active, condition, work, lists[PIXELS])
+        return False, np.float64(less if less < bound else np.float32(0))
+    return True, _tau_of_all(op, floats, found, arena, touched, active, condition, work)
 
 
 @_kernel

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # A timed block of calls takes at least this many seconds.
-_BLOCK = 0.05
+_BLOCK = 0.2
 # onnxruntime's threads spin on for some 40 ms after its last call, beside whoever comes next.
 _SETTLING = 0.1
 _FEWEST_ROUNDS = 5

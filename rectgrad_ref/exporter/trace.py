@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -123,13 +124,19 @@ class _Written(Rule):
             if isinstance(R, Tensor):
                 self.finished[value] = R.name
         self.tape.scope = f"{node.name}/backward/{call.position}"
-        try:
+        with _writing(f"{node} ({self.graph.model.name}): the rule {self.rule}"):
             return self.rule(call)
-        except (NotTraceable, TypeError, AttributeError, LookupError, ValueError) as error:
-            raise UnsupportedOperator(
-                f"{node} ({self.graph.model.name}): the rule {self.rule} cannot be written as ONNX "
-                f"nodes ({error}); `rectgrad explain` carries it out"
-            ) from error
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """Say what it was that could not be written down, and what can be done."""
+    try:
+        yield
+    except (NotTraceable, TypeError, AttributeError, LookupError, ValueError) as error:
+        raise UnsupportedOperator(
+            f"{what} cannot be written as ONNX nodes ({error}); `rectgrad explain` carries it out"
+        ) from error
 
 
 def trace(plan: Plan, method: Method) -> Trace:
@@ -138,7 +145,7 @@ def trace(plan: Plan, method: Method) -> Trace:
     Raises
     ------
     UnsupportedOperator
-        A rule cannot be written as ONNX nodes.
+        A rule, or what the method does before or after the walk, cannot be written as ONNX nodes.
     """
     graph, tape, finished = plan.graph, Tape("seed"), dict[str, str]()
     values = _Values(tape, graph)
@@ -150,7 +157,8 @@ def trace(plan: Plan, method: Method) -> Trace:
     R = once(plan, method, values, target, finished)
     tape.scope = "finish"
     x: Any = values[graph.input]
-    attribution: Any = method.finish(x, R, np.arange(graph.batch))
+    with _writing(f"{graph.model.name}: {type(method).__name__}.finish"):
+        attribution: Any = method.finish(x, R, np.arange(graph.batch))
     return Trace(tape.records, attribution.name, finished)
 
 
@@ -183,7 +191,8 @@ def _summed(
     points = [Tape("point") for _ in range(method.passes)]
     keys = np.arange(graph.batch)
     for k, point in enumerate(points):
-        x: Any = method.point(image.on(point), k, keys)
+        with _writing(f"{graph.model.name}: {type(method).__name__}.point"):
+            x: Any = method.point(image.on(point), k, keys)
     tape.records += per_pass([point.records for point in points])
     kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[graph.input])
     tape.records.append(Record("Cast", (x.name,), (in_pass(graph.input),), {"to": kind}))

@@ -49,8 +49,8 @@ class Method:
         """Refuse a value that a field's type does not allow."""
         for name, kinds in _kinds(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
-            if not any(_is_of(value, kind) for kind in kinds):
-                allowed = " or ".join(map(_described, kinds))
+            if not any(_is_of(value, kind, choices) for kind, choices in kinds):
+                allowed = " or ".join(_described(*kind) for kind in kinds)
                 raise ValueError(f"{self.id}: {name} must be {allowed}, got {value!r}")
 
     def _require_at_least(self, minimum: int, *names: str) -> None:
@@ -112,10 +112,19 @@ class Method:
 
 
 @cache
-def _kinds(cls: type[Method]) -> dict[str, tuple[Any, ...]]:
-    """What each of a method's fields may be, which takes longer to find than to check."""
+def _kinds(cls: type[Method]) -> dict[str, list[tuple[Any, tuple[str, ...]]]]:
+    """What each of a method's fields may be, which takes longer to find than to check.
+
+    Types, each with its choices, of which a Literal alone has any.
+    """
     hints = get_type_hints(cls)
-    return {field.name: alternatives(hints[field.name]) for field in fields(cls)}
+    return {
+        field.name: [
+            (kind, get_args(kind) if get_origin(kind) is Literal else ())
+            for kind in alternatives(hints[field.name])
+        ]
+        for field in fields(cls)
+    }
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
@@ -123,17 +132,16 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     return (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
 
 
-def _described(kind: Any) -> str:
-    if get_origin(kind) is not Literal:
+def _described(kind: Any, choices: tuple[str, ...]) -> str:
+    if not choices:
         return _WORDS[kind]
-    values = get_args(kind)
-    return f"{'one of ' * (len(values) > 1)}{', '.join(map(repr, values))}"
+    return f"{'one of ' * (len(choices) > 1)}{', '.join(map(repr, choices))}"
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether `value` is of one of the `alternatives`; NaN is no number, and True no integer."""
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
+def _is_of(value: Any, kind: Any, choices: tuple[str, ...]) -> bool:
+    """Whether `value` is one of the choices, or of the type; NaN is no number, True no integer."""
+    if choices:
+        return isinstance(value, str) and value in choices
     if isinstance(value, (bool, np.bool_)):
         return kind is bool
     if kind is float:

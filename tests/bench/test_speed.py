@@ -158,7 +158,7 @@ def test_rounds_are_interleaved(simulated: list[tuple[str, int]]) -> None:
     pair = [Contender("a", "short", short), Contender("b", "long", long, passes=4)]
     times = clock.measure(pair, rounds=2)
     np.testing.assert_allclose(times, [[0.01, 0.01], [0.5, 0.5]])
-    first = [("short", 10), ("short", 5), ("long", 1), ("long", 1)]  # untimed, timed
+    first = [("short", 10), ("short", 20), ("long", 1), ("long", 1)]  # untimed, timed
     assert simulated == [("short", 1), ("long", 1), *first, *first[2:], *first[:2]]
 
 

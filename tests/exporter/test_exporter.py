@@ -24,6 +24,8 @@ from rectgrad_ref.exporter.tensor import NotTraceable, Tape, Tensor
 from rectgrad_ref.exporter.trace import trace
 from rectgrad_ref.graph import Graph, Node, freeze
 from rectgrad_ref.methods import Method, make_method
+from rectgrad_ref.methods.gradient import Saliency
+from rectgrad_ref.methods.path import SmoothGrad
 from rectgrad_ref.model import read_model
 from rectgrad_ref.plan import Plan, make_plan
 from rectgrad_ref.reference import constants_as
@@ -546,3 +548,29 @@ def test_what_cannot_be_written_is_refused_by_name_and_nothing_written(tmp_path:
     assert out.read_bytes() == b"earlier work"
     with pytest.raises(OutputError):
         rectgrad_ref.export(CIFAR10_CNN, tmp_path / "nowhere" / "explainer.onnx")
+
+
+class MedianOfAll(Saliency):
+    """Does after the walk what has no spelling."""
+
+    def finish(self, x: np.ndarray, R: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return R - np.median(R)
+
+
+class MedianAsPoint(SmoothGrad):
+    """Does it before."""
+
+    def point(self, x: np.ndarray, k: int, keys: np.ndarray) -> np.ndarray:
+        return x - np.median(x)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(MedianOfAll(), r"MedianOfAll\.finish"), (MedianAsPoint(n=2), r"MedianAsPoint\.point")],
+)
+def test_methods_that_cannot_be_written_are_refused(
+    method: Method, what: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedOperator, match=rf"{what} cannot be written.*rectgrad explain"):
+        rectgrad_ref.export(CIFAR10_CNN, tmp_path / "explainer.onnx", method=method)
+    assert not list(tmp_path.iterdir())
