@@ -3,7 +3,13 @@
 Arrays in, arrays out: nothing here knows graphs or methods. A gradient lives in a *sheet*,
 channels last: `pixels` rows of `channels` floats, `stride` floats apart, in one arena per sample. A
 byte per pixel says whether the row holds anything; a row that does not has never been cleared, and
-counts as zero. Activations are channels last too, weights are (C_out, kh, kw, C_in per group).
+counts as zero. Weights are (C_out, kh, kw, C_in per group). Activations are channels last too, or
+in blocks of sixteen channels, (C/16, pixels, 16), the last of which is filled up: channel c of
+pixel p is
+
+    p · A_STRIDE + ⌊c/16⌋ · 16 · A_STEP + c mod 16
+
+floats behind the first, where A_STEP is 1, or the number of pixels.
 
 RectGrad keeps about 2 % of a layer's units, so what passes an activation is a list of nonzeros by
 pixel, and a convolution's transpose adds a row of weights per nonzero and kernel row:
@@ -39,8 +45,8 @@ from .team import total, wait
     OP, S_OFFSET, S_STRIDE, S_TOUCHED, S_H, S_W, S_C, T_OFFSET, T_STRIDE, T_TOUCHED, T_H, T_W, T_C,
     A_OFFSET, A_LENGTH, A_STRIDE, W_OFFSET, KH, KW, SH, SW, DH, DW, TOP, LEFT, GROUP, BORDER, MODE,
     RANK_LOW, RANK_HIGH, DENSE, COUNT_PAD, C_FIRST, C_LAST, PADDED_H, PADDED_W, STRICT, S_BASE,
-    B_OFFSET, B_LENGTH, COLUMNS,
-) = range(41)  # fmt: skip
+    B_OFFSET, B_LENGTH, A_STEP, B_STRIDE, B_STEP, COLUMNS,
+) = range(44)  # fmt: skip
 # Columns of the float table. Activations that reach the ceiling have slope 0; NaN: there is none.
 FRACTION, TAU, EPS, CEILING, GUESS, FLOATS = range(6)
 
@@ -95,6 +101,17 @@ def _passes(mode, a, r, eps):
     if mode == PASS_ABS_AR:
         return a != 0
     return (a + eps > 0 and r > 0) or (a + eps < 0 and r < 0)
+
+
+@_inlined
+def _behind(c, step):
+    """How far a channel lies behind the first of its pixel; of whole blocks, c · step."""
+    return (c & ~(simd.LANES - 1)) * step + (c & (simd.LANES - 1))
+
+
+@_inlined
+def _activation(op, active, p, c):
+    return active[op[A_OFFSET] + p * op[A_STRIDE] + _behind(c, op[A_STEP])]
 
 
 @_inlined
@@ -169,7 +186,7 @@ def _shift(op):
 
 
 @_inlined
-def _emit_passing(arena, row, active, where, width, condition, number, end, units):
+def _emit_passing(arena, row, active, where, step, width, condition, number, end, units):
     """Append the units whose gradients pass; returns the new end.
 
     What `simd.append` writes behind them is nothing yet: each vector has sixteen places of its own.
@@ -177,12 +194,12 @@ def _emit_passing(arena, row, active, where, width, condition, number, end, unit
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
-        mask = _passing(condition, simd.load(active, where + c), r)
+        mask = _passing(condition, simd.load(active, where + c * step), r)
         simd.append(units, end, simd.numbers_from(number + c), mask)
         end += simd.lanes_in(mask)
     for c in range(blocks, width):
         units[end] = number + c
-        end += _lets_pass(condition, active[where + c], arena[row + c])
+        end += _lets_pass(condition, active[where + _behind(c, step)], arena[row + c])
     return end
 
 
@@ -201,43 +218,45 @@ def _emit_nonzero(arena, row, width, number, end, units):
 
 
 @_inlined
-def _keep_passing(arena, row, active, where, width, condition):
+def _keep_passing(arena, row, active, where, step, width, condition):
     """Clear the gradients that do not pass."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
-        mask = _passing(condition, simd.load(active, where + c), r)
+        mask = _passing(condition, simd.load(active, where + c * step), r)
         simd.store(arena, row + c, simd.keep(r, mask))
     for c in range(blocks, width):
-        if not _lets_pass(condition, active[where + c], arena[row + c]):
+        if not _lets_pass(condition, active[where + _behind(c, step)], arena[row + c]):
             arena[row + c] = 0
 
 
 @_inlined
-def _count_passing(arena, row, active, where, width, condition):
+def _count_passing(arena, row, active, where, step, width, condition):
     """How many nonzero gradients pass."""
     blocks, n = width - width % simd.LANES, 0
     for c in range(0, blocks, simd.LANES):
-        a, r = simd.load(active, where + c), simd.load(arena, row + c)
+        a, r = simd.load(active, where + c * step), simd.load(arena, row + c)
         n += simd.lanes_in(_passing(condition, a, r))
     for c in range(blocks, width):
-        n += _lets_pass(condition, active[where + c], arena[row + c])
+        n += _lets_pass(condition, active[where + _behind(c, step)], arena[row + c])
     return n
 
 
 @_inlined
-def _emit_above(arena, row, active, where, width, mode, eps, bound, number, end, units, scores):
+def _emit_above(
+    arena, row, active, where, step, width, mode, eps, bound, number, end, units, scores
+):
     """Append the units whose score is above `bound`, with it; returns the new end."""
     blocks = width - width % simd.LANES
     for c in range(0, blocks, simd.LANES):
         r = simd.load(arena, row + c)
-        score = _scores(mode, simd.load(active, where + c), r, eps)
+        score = _scores(mode, simd.load(active, where + c * step), r, eps)
         mask = simd.above(score, bound)
         simd.append(units, end, simd.numbers_from(number + c), mask)
         simd.append(scores, end, score, mask)
         end += simd.lanes_in(mask)
     for c in range(blocks, width):
-        score = _score(mode, active[where + c], arena[row + c], eps)
+        score = _score(mode, active[where + _behind(c, step)], arena[row + c], eps)
         units[end] = number + c
         scores[end] = score
         end += score > bound
@@ -328,7 +347,7 @@ def _sampled_bound(op, arena, touched, active, condition, work, found):
         # Spread over the channels too, whatever divides them.
         p, c = found[unit // channels], (unit + i * 7919) % channels
         r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-        s = _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps)
+        s = _score(mode, _activation(op, active, p, c), r, eps)
         work[i] = s if s == s else np.float32(0)  # it is not where an activation has overflowed
     expected = (op[RANK_LOW] + 1) / max(units, 1) * taken
     wanted = int(expected + 4 * np.sqrt(expected) + 4)
@@ -341,17 +360,21 @@ def _sampled_bound(op, arena, touched, active, condition, work, found):
 def _all_scores(op, arena, touched, active, condition, work):
     """The scores of all units, 0 where one is no number; returns how many there are."""
     mode, eps = condition[:2]
-    width, pixels = op[S_C], op[S_H] * op[S_W]
+    width, pixels, step = op[S_C], op[S_H] * op[S_W], op[A_STEP]
+    blocks = width - width % simd.LANES
     for p in range(pixels):
         row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
-        scores = work[p * width : (p + 1) * width]
+        begin = p * width
         if not touched[op[S_TOUCHED] + p]:
-            scores[:] = 0
+            work[begin : begin + width] = 0
             continue
-        r, a = arena[row : row + width], active[where : where + width]
-        for c in range(width):
-            s = _score(mode, a[c], r[c], eps)
-            scores[c] = s if s == s else np.float32(0)
+        for c in range(0, blocks, simd.LANES):
+            a, r = simd.load(active, where + c * step), simd.load(arena, row + c)
+            scores = _scores(mode, a, r, eps)
+            simd.store(work, begin + c, simd.keep(scores, simd.equals(scores, scores)))
+        for c in range(blocks, width):
+            s = _score(mode, active[where + _behind(c, step)], arena[row + c], eps)
+            work[begin + c] = s if s == s else np.float32(0)
     return pixels * width
 
 
@@ -360,7 +383,8 @@ def _scan(op, member, members, arena, touched, active, condition, bound, lists):
     """Collect this member's units above a bound; where it is negative, those that pass."""
     units, scores, found = lists[UNITS], lists[SCORES], lists[FOUND]
     mode, eps = condition[:2]
-    width, parts, shift = op[S_C], _parts(members), _shift(op)
+    width, parts, shift, step = op[S_C], _parts(members), _shift(op), op[A_STEP]
+    ahead = -(-_AHEAD // width) * op[A_STRIDE]
     for part in range(member, parts, members):
         first, last = _share(op[S_H] * op[S_W], part, parts)
         end = first * width
@@ -369,15 +393,15 @@ def _scan(op, member, members, arena, touched, active, condition, bound, lists):
                 continue
             row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
             for c in range(0, width, simd.LANES):
-                simd.prefetch(active, where + c + _AHEAD)
+                simd.prefetch(active, where + c * step + ahead)
             if bound < 0:
                 end = _emit_passing(
-                    arena, row, active, where, width, condition, p << shift, end, units
+                    arena, row, active, where, step, width, condition, p << shift, end, units
                 )
             else:
                 end = _emit_above(
-                    arena, row, active, where, width, mode, eps, bound, p << shift, end, units,
-                    scores,
+                    arena, row, active, where, step, width, mode, eps, bound, p << shift, end,
+                    units, scores,
                 )  # fmt: skip
         found[1 + part] = end
 
@@ -413,7 +437,7 @@ def _drop_at_ceiling(op, begin, end, active, ceiling, units):
     for i in range(begin, end):
         p, c = _place(units[i], shift)
         units[at] = units[i]
-        at += active[op[A_OFFSET] + p * op[A_STRIDE] + c] < ceiling
+        at += _activation(op, active, p, c) < ceiling
     return at
 
 
@@ -497,7 +521,7 @@ def _reach_zero(op, wanted, arena, touched, active, condition):
             left -= width
             for c in range(width):
                 r = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
-                found += not _score(mode, active[op[A_OFFSET] + p * op[A_STRIDE] + c], r, eps) < 0
+                found += not _score(mode, _activation(op, active, p, c), r, eps) < 0
     return found > wanted
 
 
@@ -666,13 +690,13 @@ def _few_pass(op, arena, touched, active, condition, member, members, barrier):
             break
         if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
             row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
-            n += _count_passing(arena, row, active, where, width, condition)
+            n += _count_passing(arena, row, active, where, op[A_STEP], width, condition)
     if total(n, barrier, member, members) <= op[DENSE]:
         return True
     for p in range(first, last):
         _fill(op, arena, touched, p)
         row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
-        _keep_passing(arena, row, active, where, width, condition)
+        _keep_passing(arena, row, active, where, op[A_STEP], width, condition)
     return False
 
 
@@ -956,22 +980,36 @@ def _mark_reached(op, touched, lists):
 def _ratio(op, floats, arena, touched, active, first, last):
     """Multiply a sheet by a ratio at a Relu, of which the activations are the inputs."""
     width, eps = op[S_C], np.float32(floats[EPS])
+    together = width if op[A_STEP] == 1 and op[B_STEP] <= 1 else simd.LANES
     for p in range(first, last):
         if not touched[op[S_TOUCHED] + p]:
             continue
-        source, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
-        there = op[B_OFFSET] + p * op[A_STRIDE]
-        r, z = arena[source : source + width], active[where : where + width]
-        if op[MODE] == BY_EPSILON:
-            for c in range(width):
-                r[c] = r[c] * _relu(z[c]) / (z[c] + (eps if z[c] >= 0 else -eps))
-        else:
-            z0 = active[there : there + width]
-            for c in range(width):
-                dz, da = z[c] - z0[c], _relu(z[c]) - _relu(z0[c])
-                large = abs(dz) > eps
-                half_way = np.float32((z[c] + z0[c]) / np.float32(2) > 0)
-                r[c] *= da / (dz if large else np.float32(1)) if large else half_way
+        row, where = op[S_OFFSET] + p * op[S_STRIDE], op[A_OFFSET] + p * op[A_STRIDE]
+        there = op[B_OFFSET] + p * op[B_STRIDE]
+        for c in range(0, width, together):
+            n = min(together, width - c)
+            r, at = arena[row + c : row + c + n], where + c * op[A_STEP]
+            z = active[at : at + n]
+            if op[MODE] == BY_EPSILON:
+                _by_epsilon(r, z, eps)
+            else:
+                at = there + c * op[B_STEP]
+                _by_difference(r, z, active[at : at + n], eps)
+
+
+@_inlined
+def _by_epsilon(r, z, eps):
+    for c in range(r.size):
+        r[c] = r[c] * _relu(z[c]) / (z[c] + (eps if z[c] >= 0 else -eps))
+
+
+@_inlined
+def _by_difference(r, z, z0, eps):
+    for c in range(r.size):
+        dz, da = z[c] - z0[c], _relu(z[c]) - _relu(z0[c])
+        large = abs(dz) > eps
+        half_way = np.float32((z[c] + z0[c]) / np.float32(2) > 0)
+        r[c] *= da / (dz if large else np.float32(1)) if large else half_way
 
 
 @_inlined
@@ -1003,7 +1041,7 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
     # Vectors of all channels need not be cleared before something is added to them.
     cleared = blocks != op[T_C]
     a_stride, t_stride, line, step = op[A_STRIDE], op[T_STRIDE], op[DH] * op[T_W], op[DW]
-    strides = a_stride, t_stride, line, step
+    strides = a_stride, op[A_STEP], t_stride, line, step
     ahead = op[SH] * op[T_W]  # the windows below
     for p in range(op[S_H] * op[S_W]):
         if not touched[op[S_TOUCHED] + p]:
@@ -1024,7 +1062,7 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
             for j in range(j_first, j_last):
                 cell = i * line + j * step + ahead
                 for c in range(0, blocks, simd.LANES):
-                    simd.prefetch(active, places[0] + cell * a_stride + c)
+                    simd.prefetch(active, places[0] + cell * a_stride + c * op[A_STEP])
                     simd.prefetch(arena, places[1] + cell * t_stride + c)
         for c in range(0, blocks, simd.LANES):
             r = simd.load(arena, source + c)
@@ -1041,18 +1079,18 @@ def _max_pool(op, arena, touched, active, row_first, row_last):
 def _pool_vector(arena, touched, active, r, c, places, marks, strides, window):
     """Sixteen channels of one window; they are the first in rows that nobody has touched."""
     read, write = places
-    a_stride, t_stride, line, step = strides
+    a_stride, a_step, t_stride, line, step = strides
     i_first, i_last, j_first, j_last, own_first, own_last = window
     waiting = simd.differs(r, np.float32(0))
     best = simd.splat(np.float32(-np.inf))
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
             cell = i * line + j * step
-            best = simd.larger(simd.load(active, read + cell * a_stride + c), best)
+            best = simd.larger(simd.load(active, read + cell * a_stride + c * a_step), best)
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
             cell = i * line + j * step
-            a = simd.load(active, read + cell * a_stride + c)
+            a = simd.load(active, read + cell * a_stride + c * a_step)
             wins = waiting & simd.equals(a, best)
             waiting ^= wins
             if own_first <= i < own_last:
@@ -1066,13 +1104,13 @@ def _pool_vector(arena, touched, active, r, c, places, marks, strides, window):
 def _pool_unit(arena, active, r, c, places, strides, window):
     """One channel of one window, all rows of which hold numbers."""
     read, write = places
-    a_stride, t_stride, line, step = strides
+    a_stride, a_step, t_stride, line, step = strides
     i_first, i_last, j_first, j_last, own_first, own_last = window
     best, row, winner = np.float32(-np.inf), -1, -1
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
             cell = i * line + j * step
-            a = active[read + cell * a_stride + c]
+            a = active[read + cell * a_stride + _behind(c, a_step)]
             if a > best or (row < 0 and a == best):
                 best, row, winner = a, i, cell
     if own_first <= row < own_last:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,6 +92,48 @@ def _forward_of(graph: Graph, node: Node) -> Any:
     return OPERATORS[node.op].forward
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that onnxruntime has loaded.
+
+    Attributes
+    ----------
+    runs : onnxruntime.InferenceSession
+    blocked : mapping of str to str
+        Values that are written in onnxruntime's own layout → what it calls them.
+    weights : numpy.ndarray, optional
+        Memory that it reads.
+    """
+
+    runs: Any
+    blocked: Mapping[str, str] = field(default_factory=dict)
+    weights: np.ndarray | None = None
+
+
+class Places(dict[str, Any]):
+    """Where values shall be written, by name.
+
+    To tell onnxruntime of many takes a millisecond, so it is done once for as long as they are the
+    same object. They serve one call at a time.
+
+    Attributes
+    ----------
+    session : LoadedModel, optional
+        What wrote there last.
+    """
+
+    session: LoadedModel | None = None
+    _binding: Any = None
+
+    def bound(self, session: LoadedModel, bind: Callable[[Any, str, Any], None]) -> Any:
+        """onnxruntime's binding of a session's outputs to these places."""
+        if self.session is not session:
+            self.session, self._binding = session, session.runs.io_binding()
+            for name, place in self.items():
+                bind(self._binding, name, place)
+        return self._binding
+
+
 class OnnxruntimeForward:
     """The user's model in onnxruntime, in float32, one session for each set of exposed values.
 
@@ -134,7 +176,7 @@ class OnnxruntimeForward:
         self._input_dtype = spec.dtype
         self.any_batch = rebatch or spec.shape[:1] == (None,)
         self._providers, self._threads = list(providers), threads
-        self._sessions: dict[tuple[Any, ...], Any] = {}
+        self._sessions: dict[tuple[Any, ...], LoadedModel] = {}
         available = self._runtime.get_available_providers()
         names = [p if isinstance(p, str) else p[0] for p in providers]
         for provider in names:
@@ -150,28 +192,32 @@ class OnnxruntimeForward:
         graph: Graph,
         x: np.ndarray,
         names: Sequence[str],
-        into: Mapping[str, Any] = MappingProxyType({}),
+        into: Places | None = None,
     ) -> dict[str, np.ndarray]:
         """The values called `names`; those of `into` are written there.
 
         Parameters
         ----------
-        into : mapping of str to numpy.ndarray
-            float32 arrays to be filled, images channels last: (N, H, W, C). onnxruntime computes in
-            a layout of its own, so that this costs it no more than channels first.
+        into : Places, optional
+            float32 arrays to be filled, in what order is a subclass's affair.
         """
         asked = tuple(name for name in dict.fromkeys(names) if name != graph.input)
-        session = self._session(graph, asked, tuple(into))
+        places = Places() if into is None else into
+        session = self._session(graph, asked, tuple(places))
         feed = np.ascontiguousarray(x.astype(self._input_dtype, copy=False))
+
+        def bind(binding: Any, name: str, place: Any) -> None:
+            shape = (len(x), *(graph.shapes[name] or ())[1:])
+            self._bind(binding, session, graph, name, shape, place)
+
         try:
-            binding = session.io_binding()
+            binding = places.bound(session, bind)
             binding.bind_cpu_input(graph.input, feed)
             for name in asked:
                 binding.bind_output(name)
-            for name, array in into.items():
-                self._bind(binding, graph, name, array)
-            session.run_with_iobinding(binding)
-            arrays = [output.numpy() for output in binding.get_outputs()[: len(asked)]]
+            session.runs.run_with_iobinding(binding)
+            outputs = binding.get_outputs_as_ortvaluevector()
+            arrays = [outputs[len(places) + i].numpy() for i in range(len(asked))]
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise InvalidModel(f"{graph.model.name}: onnxruntime failed: {error}") from error
         values = dict(zip(asked, map(self._typed, arrays), strict=True))
@@ -182,41 +228,40 @@ class OnnxruntimeForward:
         is_float = np.issubdtype(value.dtype, np.floating)
         return value.astype(self.dtype, copy=False) if is_float else value
 
-    def _bind(self, binding: Any, graph: Graph, name: str, array: Any) -> None:
-        """Have the value written there."""
-        place = (array.shape, array.ctypes.data)
-        binding.bind_output(_last(name), "cpu", 0, np.float32, *place)
+    def _bind(
+        self,
+        binding: Any,
+        session: LoadedModel,
+        graph: Graph,
+        name: str,
+        shape: tuple[int, ...],
+        place: Any,
+    ) -> None:
+        """Have a value of this shape written to its place."""
+        raise NotImplementedError
 
     def _written(self, graph: Graph, name: str) -> tuple[list[onnx.NodeProto], str]:
-        """Nodes that make of the value what `into` wants, and the name of their result."""
-        return _channels_last(graph, name), _last(name)
+        """Nodes that make of the value what places want, and the name of their result."""
+        if graph.dtypes[name] == np.float32:
+            return [], name
+        cast = helper.make_node("Cast", [name], [f"{name}/float32"], to=onnx.TensorProto.FLOAT)
+        return [cast], cast.output[0]
 
-    def _session(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> Any:
+    def _session(
+        self, graph: Graph, names: tuple[str, ...], placed: tuple[str, ...]
+    ) -> LoadedModel:
         # The threads of a session do not survive a fork; the child makes its own.
-        which = (os.getpid(), names, last, graph.batch if graph.bodies else None)
+        which = (os.getpid(), names, placed, graph.batch if graph.bodies else None)
         if which not in self._sessions:
-            options = self._runtime.SessionOptions()
-            options.log_severity_level = 3
-            # Threads that spin on after a run would take the processors from the walk back.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            # Planned memory would be held beside what the first run took, which serves as well.
-            options.enable_mem_pattern = False
-            # Each exposed value is brought into its order right after it was computed, while it
-            # is in the cache; by default, that comes last, and there are two copies of everything.
-            options.execution_order = self._runtime.ExecutionOrder.PRIORITY_BASED
-            if self._threads is not None:
-                options.intra_op_num_threads = self._threads
             try:
-                data = self._exposed(graph, names, last)
+                data = self._exposed(graph, names, placed)
             except EncodeError as error:
                 raise InvalidModel(
                     f"{self._model.name} has more than 2 GB, which onnxruntime cannot be handed at "
                     "once; backend='reference' runs without it, and so do exported explainers"
                 ) from error
             try:
-                self._sessions[which] = self._runtime.InferenceSession(
-                    data, options, providers=self._providers
-                )
+                self._sessions[which] = self._loaded(data, graph, placed)
             except Exception as error:
                 raise InvalidModel(
                     f"onnxruntime {self._runtime.__version__} refuses {self._model.name}: {error}. "
@@ -224,21 +269,42 @@ class OnnxruntimeForward:
                 ) from error
         return self._sessions[which]
 
-    def _exposed(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> bytes:
-        """The model with these values as its only outputs, those of `last` as `into` wants them."""
+    def _loaded(self, data: bytes, graph: Graph, placed: tuple[str, ...]) -> LoadedModel:
+        """A session of the model that writes the values `placed` to places."""
+        return LoadedModel(self._inference(data, self._options()))
+
+    def _inference(self, data: bytes, options: Any) -> Any:
+        return self._runtime.InferenceSession(data, options, providers=self._providers)
+
+    def _options(self) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        # Threads that spin on after a run would take the processors from the walk back.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Planned memory would be held beside what the first run took, which serves as well.
+        options.enable_mem_pattern = False
+        # Each exposed value is brought into its order right after it was computed, while it
+        # is in the cache; by default, that comes last, and there are two copies of everything.
+        options.execution_order = self._runtime.ExecutionOrder.PRIORITY_BASED
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return options
+
+    def _exposed(self, graph: Graph, names: tuple[str, ...], placed: tuple[str, ...]) -> bytes:
+        """The model with these values as its only outputs, those of `placed` as places want."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self._model.proto)
         # Declared shapes may state the batch size of the export, and decide nothing.
         del proto.graph.value_info[:]
         del proto.graph.output[:]
         if graph.bodies:
-            nodes = list(with_bodies(proto.graph.node, graph.bodies, names + last))
+            nodes = list(with_bodies(proto.graph.node, graph.bodies, names + placed))
             del proto.graph.node[:]
             proto.graph.node.extend(nodes)
         for name in names:
             kind = helper.np_dtype_to_tensor_dtype(graph.dtypes[name])
             proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-        for name in last:
+        for name in placed:
             added, result = self._written(graph, name)
             proto.graph.node.extend(added)
             value = helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None)
@@ -262,24 +328,6 @@ def with_bodies(
             yield from bodies[first]
         else:
             yield node
-
-
-def _last(name: str) -> str:
-    return f"{name}/channels_last"
-
-
-def _channels_last(graph: Graph, name: str) -> list[onnx.NodeProto]:
-    """Nodes that compute the value in float32, images channels last."""
-    source, result = name, _last(name)
-    nodes = []
-    if graph.dtypes[name] != np.float32:
-        source = f"{name}/float32"
-        nodes.append(helper.make_node("Cast", [name], [source], to=onnx.TensorProto.FLOAT))
-    if len(graph.shapes[name] or ()) == 4:
-        nodes.append(helper.make_node("Transpose", [source], [result], perm=[0, 2, 3, 1]))
-    else:
-        nodes.append(helper.make_node("Identity", [source], [result]))
-    return nodes
 
 
 def import_onnxruntime() -> Any:

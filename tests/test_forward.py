@@ -56,18 +56,6 @@ def test_onnxruntime_gives_what_is_asked_for(names: Sequence[str]) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_values_written_into_arrays_are_channels_last() -> None:
-    graph = frozen(NET.onnx(), *IMAGES.shape)
-    name = NAMES[0]
-    n, c, h, w = graph.shapes[name] or ()
-    array = np.full((n, h, w, c), np.nan, np.float32)
-    forward = onnxruntime_forward(NET.onnx())
-    found = forward(graph, IMAGES, [NET.output], {name: array})
-    assert list(found) == [NET.output]
-    expected = forward(graph, IMAGES, [name])[name]
-    np.testing.assert_array_equal(array, expected.transpose(0, 2, 3, 1))
-
-
 def test_a_fixed_batch_is_made_symbolic() -> None:
     graph = frozen(NET.onnx(batch=1), *IMAGES.shape)
     with pytest.raises(InvalidModel, match="onnxruntime failed"):

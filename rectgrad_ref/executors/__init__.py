@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendUnavailable, RectGradWarning
-from ..forward import Forward, NumpyForward, OnnxruntimeForward, import_onnxruntime
+from ..forward import Forward, NumpyForward, import_onnxruntime
 from ..model import Model
 from ..plan import Plan
 from .runner import Observer, Runner, SeedOf, StepwiseRunner
@@ -98,9 +98,10 @@ def make_backend(
         raise ValueError(f"backend={name!r} computes in float32; float64 needs backend='reference'")
     if name == "cuda":
         return _cuda_backend(model, input, rebatch=rebatch, tf32=tf32)
+    from .blocked import BlockedForward
     from .compiled import CompiledBackend
 
-    forward = OnnxruntimeForward(model, input, rebatch=rebatch, threads=threads)
+    forward = BlockedForward(model, input, rebatch=rebatch, threads=threads)
     compiled = CompiledBackend(forward, threads)
     return Backend(name, forward, compiled.runner, compiled.runs_as)
 

@@ -172,7 +172,7 @@ class _Team:
 
     def __init__(self, chunk: _Chunk, number: int, members: int) -> None:
         self.chunk, self.members, program = chunk, members, chunk.program
-        self.table = program.table_of_one_baseline if chunk.shares else program.table
+        self.table = program.table_for(chunk.places, shares=chunk.shares)
         self.scratch = chunk.memory.scratch(number, members, program)
         self.floats = program.floats.copy()
         self.errors: list[BaseException] = []

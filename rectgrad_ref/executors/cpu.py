@@ -6,15 +6,18 @@ What the table cannot express stops it, and it goes on with the reference's resu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 
+from ..forward import Places
 from ..graph import Node
 from ..kernels import cpu as k
+from ..kernels.simd import LANES
 from ..plan import Plan, Step
 from . import lowering, storage
+from .blocked import room_of
 from .lowering import Condition, Lowering, geometry, masks_border, renames
 from .storage import WeightStore
 
@@ -23,6 +26,11 @@ DENSITY = 0.2
 NEVER = 2**62
 
 Columns = dict[int, int]
+# Where an operation reads activations, and those at a baseline.
+_READING = (
+    (k.A_OFFSET, k.A_LENGTH, k.A_STRIDE, k.A_STEP),
+    (k.B_OFFSET, k.B_LENGTH, k.B_STRIDE, k.B_STEP),
+)
 
 
 @dataclass(eq=False)
@@ -89,12 +97,38 @@ class Program(lowering.Program[Sheet]):
     units: int
     pixels: int
 
-    @cached_property
-    def table_of_one_baseline(self) -> np.ndarray:
-        """The table where all samples have the same baseline."""
-        table = self.table.copy()
-        table[:, k.B_LENGTH] = 0
-        return table
+    def __post_init__(self) -> None:
+        self._tables: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def table_for(self, places: tuple[Places, Places], *, shares: bool) -> np.ndarray:
+        """The table that reads what a forward pass left in memory.
+
+        Parameters
+        ----------
+        places : tuple of Places
+            Of activations, and of those at the baseline.
+        shares : bool
+            Whether all samples have one baseline.
+        """
+        sessions = [p.session for p in places]
+        key = (*sessions, shares)
+        if key not in self._tables:
+            table = self.table.copy()
+            offsets = self.active, self.baseline
+            for columns, begins, session in zip(_READING, offsets, sessions, strict=True):
+                for name in session.blocked if session is not None else ():
+                    rows = table[:, columns[0]] == begins[name]
+                    table[np.ix_(rows, columns[1:])] = self._in_blocks(name)
+            if shares:
+                table[:, k.B_LENGTH] = 0
+            self._tables[key] = table
+        return self._tables[key]
+
+    def _in_blocks(self, value: str) -> tuple[int, int, int]:
+        """Floats of a sample, of a pixel in one block, and from a channel to the next block's."""
+        shape = self.plan.graph.shapes[value]
+        assert shape is not None
+        return room_of((1, *shape[1:])), LANES, shape[2] * shape[3]
 
 
 class TableLowering(Lowering[Sheet, Program]):
@@ -147,6 +181,9 @@ class TableLowering(Lowering[Sheet, Program]):
 
     # Values.
 
+    def room_of(self, value: str) -> int:
+        return room_of(self.graph.shapes[value] or ())
+
     def new(self, value: str) -> Sheet:
         channels, height, width = self.extents(value)
         size = channels * height * width
@@ -180,10 +217,10 @@ class TableLowering(Lowering[Sheet, Program]):
         return self.leaving[step.node.name]
 
     def reads(self, value: str) -> Columns:
-        """Where the value's activations lie."""
+        """Where the value's activations lie, channels last."""
         channels, height, width = self.extents(value)
-        units = channels * height * width
-        return {k.A_OFFSET: self.activations(value), k.A_LENGTH: units, k.A_STRIDE: channels}
+        place = self.activations(value), channels * height * width, channels, 1
+        return dict(zip(_READING[0], place, strict=True))
 
     # Operators.
 
@@ -223,7 +260,8 @@ class TableLowering(Lowering[Sheet, Program]):
             sheet = shown
         columns = self.reads(z) | {k.MODE: mode}
         if mode == k.BY_DIFFERENCE:
-            columns |= {k.B_OFFSET: self.at_baseline(z), k.B_LENGTH: columns[k.A_LENGTH]}
+            there = self.at_baseline(z), *(columns[c] for c in _READING[0][1:])
+            columns |= dict(zip(_READING[1], there, strict=True))
         self.emit(k.RATIO, sheet.source, columns, numbers={k.EPS: eps})
         if not self.trace:
             self.pass_on(z, sheet)

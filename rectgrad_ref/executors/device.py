@@ -7,15 +7,12 @@ anything but the host for a result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from ..errors import BackendUnavailable, InvalidModel, OutOfMemory
-from ..forward import OnnxruntimeForward, import_onnxruntime
+from ..forward import LoadedModel, OnnxruntimeForward, Places, import_onnxruntime
 from ..graph import Graph
 from ..model import Model
 
@@ -233,7 +230,7 @@ class DeviceForward(OnnxruntimeForward):
         graph: Graph,
         x: np.ndarray,
         names: Sequence[str],
-        into: Mapping[str, Any] = MappingProxyType({}),
+        into: Places | None = None,
     ) -> dict[str, np.ndarray]:
         """The values called `names`, on the host; those of `into` stay on the device, as float32.
 
@@ -241,10 +238,11 @@ class DeviceForward(OnnxruntimeForward):
         ------
         OutOfMemory
         """
-        places = dict(into)
+        places = Places() if into is None else into
         if graph.input in places:
-            array, _ = places.pop(graph.input)
+            array, _ = places[graph.input]
             self.device.upload(x.ravel(), array)
+            places = Places({v: place for v, place in places.items() if v != graph.input})
         asked = [name for name in names if name not in places]
         try:
             values = super().__call__(graph, x, asked, places)
@@ -262,19 +260,22 @@ class DeviceForward(OnnxruntimeForward):
                 values[name] = self.device.download(array).reshape(shape)
         return values
 
-    def _bind(self, binding: Any, graph: Graph, name: str, place: Place) -> None:
-        array, shape = place
-        address = self.device.address(array)
+    def _bind(
+        self,
+        binding: Any,
+        session: LoadedModel,
+        graph: Graph,
+        name: str,
+        shape: tuple[int, ...],
+        place: Place,
+    ) -> None:
+        address = self.device.address(place[0])
         result = self._written(graph, name)[1]
         binding.bind_output(result, self.device.place, 0, np.float32, list(shape), address)
 
-    def _written(self, graph: Graph, name: str) -> tuple[list[onnx.NodeProto], str]:
-        if graph.dtypes[name] == np.float32:
-            return [], name
-        cast = helper.make_node("Cast", [name], [f"{name}/float32"], to=TensorProto.FLOAT)
-        return [cast], cast.output[0]
-
-    def _session(self, graph: Graph, names: tuple[str, ...], last: tuple[str, ...]) -> Any:
-        session = super()._session(graph, names, last)
-        require_provider(session, self.device)
+    def _session(
+        self, graph: Graph, names: tuple[str, ...], placed: tuple[str, ...]
+    ) -> LoadedModel:
+        session = super()._session(graph, names, placed)
+        require_provider(session.runs, self.device)
         return session

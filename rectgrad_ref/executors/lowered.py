@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ..forward import OnnxruntimeForward
+from ..forward import OnnxruntimeForward, Places
 from ..plan import Plan, Step
 from ..reference import NOTHING
 from ..rules.declared import Call, Values
@@ -26,9 +26,9 @@ from .storage import NoWeights, WeightStore
 class Contrast:
     """The values at a baseline, as a program left them in a memory."""
 
-    program: Any
     baseline: np.ndarray
     values: Values
+    places: Places
 
 
 class ProgramMemory(ABC):
@@ -39,15 +39,21 @@ class ProgramMemory(ABC):
     contrast : Contrast, optional
         What the last call computed at its baseline, or at those of its samples, for the next one's
         are mostly the same.
+    places : dict
+        Where the forward pass leaves activations, by where they begin and the number of samples.
     """
 
     contrast: Contrast | None = None
+    places: dict[tuple[int, ...], Places]
+    _program: Any = None
 
     def fit(self, program: Any) -> None:
         """Make room for a program; what another one computed is lost."""
-        if self.contrast is not None and self.contrast.program is not program:
-            self.contrast = None
+        if program is self._program:
+            return
+        self._program, self.contrast, self.places = None, None, {}  # should growing fail
         self.grow(program)
+        self._program = program
 
     @abstractmethod
     def grow(self, program: Any) -> None:
@@ -116,6 +122,8 @@ class Chunk(Generic[P, M]):
         What steps of the reference read, here and at the baseline.
     shares : bool
         Whether all samples have one baseline.
+    places : tuple of Places
+        Where the forward pass left what kernels read, here and at the baseline.
     """
 
     program: P
@@ -123,6 +131,7 @@ class Chunk(Generic[P, M]):
     values: Values
     baseline: Values
     shares: bool
+    places: tuple[Places, Places]
 
 
 class LoweredRunner(ABC, Generic[P, M]):
@@ -165,12 +174,13 @@ class LoweredRunner(ABC, Generic[P, M]):
         with self.backend.lent(program) as memory:
             places = self._places(memory, program.active, len(x))
             values = self.backend.forward(plan.graph, x, names, places)
-            shares, there = False, NOTHING
+            shares, there, contrast = False, NOTHING, Places()
             if plan.contrasts:
                 assert baseline is not None
-                shares, there = self._contrast(program, memory, baseline)
+                shares, there, contrast = self._contrast(program, memory, baseline)
             scores = values[logits].reshape(len(x), -1)
-            chunk = Chunk(program, memory, {**self.constants, **values}, there, shares)
+            read = {**self.constants, **values}
+            chunk = Chunk(program, memory, read, there, shares, (places, contrast))
             return scores, self.walk_back(chunk, seed_of(scores), observe)
 
     @abstractmethod
@@ -179,12 +189,17 @@ class LoweredRunner(ABC, Generic[P, M]):
     ) -> np.ndarray:
         """R at the input, from that at the logits."""
 
-    def _places(self, memory: M, offsets: Mapping[str, int], samples: int) -> dict[str, Any]:
+    def _places(self, memory: M, offsets: Mapping[str, int], samples: int) -> Places:
         """Where the forward pass shall leave each activation."""
-        shapes = self.plan.graph.shapes
-        return {v: memory.place(at, (samples, *(shapes[v] or ())[1:])) for v, at in offsets.items()}
+        shapes, key = self.plan.graph.shapes, (*offsets.values(), samples)
+        if key not in memory.places:
+            memory.places[key] = Places(
+                (v, memory.place(at, (samples, *(shapes[v] or ())[1:])))
+                for v, at in offsets.items()
+            )
+        return memory.places[key]
 
-    def _contrast(self, program: P, memory: M, baseline: np.ndarray) -> tuple[bool, Values]:
+    def _contrast(self, program: P, memory: M, baseline: np.ndarray) -> tuple[bool, Values, Places]:
         """The values at the baseline: those of one sample where all have the same."""
         graph, forward = self.plan.graph, self.backend.forward
         shares = forward.any_batch and bool((baseline == baseline[:1]).all())
@@ -195,10 +210,10 @@ class LoweredRunner(ABC, Generic[P, M]):
             places = self._places(memory, program.baseline, len(baseline))
             baseline = baseline.copy()  # the forward pass may hand it on
             values = forward(graph, baseline, program.exposes, places)
-            known = memory.contrast = Contrast(program, baseline, values)
+            known = memory.contrast = Contrast(baseline, values, places)
         shapes = graph.shapes
         read = {v: np.broadcast_to(known.values[v], shapes[v] or ()) for v in program.exposes}
-        return shares, {**self.constants, **read}
+        return shares, {**self.constants, **read}, known.places
 
 
 class Walk(ABC, Generic[P, M]):

@@ -247,9 +247,13 @@ class Lowering(ABC, Generic[S, P]):
         """The same at the baseline."""
         return self._reserved(self.baseline, value)
 
+    def room_of(self, value: str) -> int:
+        """Floats that the activations of all samples take."""
+        return prod(self.extents(value)) * self.batch
+
     def _reserved(self, places: dict[str, int], value: str) -> int:
         if value not in places:
-            places[value] = self.values.take(prod(self.extents(value)) * self.batch)
+            places[value] = self.values.take(self.room_of(value))
         return places[value]
 
     def rows(self, node: Node, image: tuple[int, int, int]) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..kernels import cpu as k
 from ..kernels.team import new_barrier
+from .blocked import room_of
 from .lowered import ProgramMemory
 from .storage import aligned
 
@@ -70,9 +70,8 @@ class Memory(ProgramMemory):
         self.active = self._arrays.take("active", program.active_size, np.float32)
 
     def place(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Where the forward pass shall write an activation, channels last."""
-        last = (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
-        return self.active[offset : offset + prod(shape)].reshape(last)
+        """Where the forward pass shall write an activation."""
+        return self.active[offset : offset + room_of(shape)]
 
     def arenas(self, program: Program, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Arenas and marks of so many samples."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from walk_cases import (
     OnNumpy,
     both_sides,
     check_every_step,
+    out_of_blocks,
     plan_of,
     seed_of,
     walked,
@@ -34,10 +34,11 @@ from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidImage
 from rectgrad_ref.executors import compiled
 from rectgrad_ref.executors import cpu as lowering
+from rectgrad_ref.executors.blocked import BlockedForward
 from rectgrad_ref.executors.compiled import CompiledBackend, CompiledRunner
 from rectgrad_ref.executors.crew import Crew
 from rectgrad_ref.executors.runner import StepwiseRunner
-from rectgrad_ref.forward import NumpyForward, OnnxruntimeForward
+from rectgrad_ref.forward import NumpyForward, OnnxruntimeForward, Places
 from rectgrad_ref.graph import Graph, freeze, input_spec
 from rectgrad_ref.images import prepare
 from rectgrad_ref.methods import Method
@@ -383,13 +384,20 @@ class Recorded:
         graph: Graph,
         x: Array,
         names: Sequence[str],
-        into: Mapping[str, Array] = MappingProxyType({}),
+        into: Places | None = None,
     ) -> dict[str, Array]:
         values: dict[str, Array] = self.forward(graph, x, names, into)
-        for name, place in into.items():
-            self.values[name] = (
-                np.moveaxis(place, -1, 1).copy() if place.ndim == 4 else place.copy()
-            )
+        for name, place in into.items() if into is not None else ():
+            assert into is not None and into.session is not None
+            shape = graph.shapes[name] or ()
+            if name in into.session.blocked:
+                self.values[name] = out_of_blocks(place, shape).copy()
+            elif len(shape) == 4:
+                n, c, h, w = shape
+                image = place[: n * c * h * w].reshape(n, h, w, c)
+                self.values[name] = np.moveaxis(image, -1, 1).copy()
+            else:
+                self.values[name] = place.reshape(shape).copy()
         self.values |= values
         return values
 
@@ -409,7 +417,7 @@ def test_published_networks(name: str, method: Method, shared_data: Path, walks:
     x = photo.array.astype(np.float32)
     graph = freeze(loaded, x.shape)
     plan = make_plan(graph, method.rules(graph))
-    forward = Recorded(OnnxruntimeForward(loaded, spec.name, rebatch=False, threads=2))
+    forward = Recorded(BlockedForward(loaded, spec.name, rebatch=False, threads=2))
     check_every_step(
         runner_of(plan, threads=2, forward=forward), forward, method, x, walks, highest
     )

@@ -94,7 +94,7 @@ class OnDevice(OnNumpy):
         super().__init__()
         self.device = new_device()
 
-    def leave(self, value: Array, place: Place) -> None:
+    def leave(self, value: Array, place: Place, *, blocked: bool) -> None:
         array, shape = place
         assert value.shape == tuple(shape)
         self.device.upload(value.ravel(), array)

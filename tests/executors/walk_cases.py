@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from helpers import model
 
 from rectgrad_ref.executors.lowered import Walk
 from rectgrad_ref.executors.runner import Runner, SeedOf
-from rectgrad_ref.forward import NumpyForward
+from rectgrad_ref.forward import LoadedModel, NumpyForward, Places
 from rectgrad_ref.graph import Graph, freeze
 from rectgrad_ref.methods import Method, make_method
 from rectgrad_ref.model import read_model
@@ -394,20 +393,43 @@ class OnNumpy(NumpyForward):
         graph: Graph,
         x: Array,
         names: Sequence[str],
-        into: Mapping[str, Any] = MappingProxyType({}),
+        into: Places | None = None,
     ) -> dict[str, Array]:
-        values = self.computed(graph, x, (*names, *into))
-        (self.baseline if self.values else self.values).update(values)
-        for name, place in into.items():
-            self.leave(values[name], place)
+        places = Places() if into is None else into
+        values = self.computed(graph, x, (*names, *places))
+        at_baseline = bool(self.values)
+        (self.baseline if at_baseline else self.values).update(values)
+        blocked = {name for name in list(places)[at_baseline::2] if values[name].ndim == 4}
+        places.session = LoadedModel(None, {name: name for name in blocked})
+        for name, place in places.items():
+            self.leave(values[name], place, blocked=name in blocked)
         return {name: values[name] for name in names}
 
     def computed(self, graph: Graph, x: Array, names: Sequence[str]) -> dict[str, Array]:
         return super().__call__(graph, x, names)
 
-    def leave(self, value: Array, place: Any) -> None:
-        """Images lie channels last."""
-        place[...] = np.moveaxis(value, 1, -1) if value.ndim == 4 else value
+    def leave(self, value: Array, place: Any, *, blocked: bool) -> None:
+        """Every second image lies in blocks, others channels last; at a baseline the others."""
+        place[...] = np.nan
+        if blocked:
+            laid_out = in_blocks(value)
+        else:
+            laid_out = np.moveaxis(value, 1, -1) if value.ndim == 4 else value
+        place[: laid_out.size] = laid_out.ravel()
+
+
+def in_blocks(images: Array) -> Array:
+    """(N, C, H, W) → (N, ⌈C/16⌉, H, W, 16), filled up with what is no number."""
+    n, c, h, w = images.shape
+    filled = np.full((n, -(-c // 16) * 16, h, w), np.nan, np.float32)
+    filled[:, :c] = images
+    return filled.reshape(n, -1, 16, h, w).transpose(0, 1, 3, 4, 2)
+
+
+def out_of_blocks(place: Array, shape: Sequence[int]) -> Array:
+    """What `in_blocks` made of images of a shape."""
+    n, c, h, w = shape
+    return place.reshape(n, -1, h, w, 16).transpose(0, 1, 4, 2, 3).reshape(n, -1, h, w)[:, :c]
 
 
 def plan_of(net: Net, method: Method, n: int = 2) -> Plan:

@@ -122,6 +122,17 @@ def _table(rows: Sequence[Row]) -> tuple[Array, Array]:
     return table, floats
 
 
+def laid_out(image: Array, *, blocked: bool) -> tuple[Array, Columns]:
+    """Activations (C, H, W), channels last or in blocks, flat; and where they lie."""
+    channels, height, width = image.shape
+    if not blocked:
+        return last(image), {k.A_STRIDE: channels, k.A_STEP: 1}
+    filled = np.full((-(-channels // 16) * 16, height, width), np.nan, np.float32)
+    filled[:channels] = image
+    blocks = filled.reshape(-1, 16, height, width).transpose(0, 2, 3, 1)
+    return blocks.ravel(), {k.A_STRIDE: 16, k.A_STEP: height * width}
+
+
 def last(image: Array) -> Array:
     """(C, H, W) → channels last, flat."""
     return np.ascontiguousarray(image.transpose(1, 2, 0)).ravel()
@@ -313,6 +324,7 @@ def pools(draw: st.DrawFn, op: str, **attributes: Any) -> tuple[Node, np.random.
     densities,
     st.sampled_from([1, 2, 50]),
     st.lists(st.integers(0, 20), max_size=2),
+    st.booleans(),
     st.sampled_from(TEAMS),
 )
 def test_max_pool_goes_to_the_first_maximum(
@@ -321,6 +333,7 @@ def test_max_pool_goes_to_the_first_maximum(
     filled: float,
     distinct: int,
     cuts: list[int],
+    blocked: bool,
     members: int,
 ) -> None:
     """Of few distinct values, so that maxima tie; the channels in up to three parts."""
@@ -336,10 +349,11 @@ def test_max_pool_goes_to_the_first_maximum(
     parts: list[Array] = []
     for first, end in itertools.pairwise(edges):
         columns = source.source | target.target | window_columns(node)
-        columns |= {k.C_FIRST: first, k.C_LAST: end, k.A_STRIDE: end - first}
+        part, layout = laid_out(x[first:end], blocked=blocked)
+        columns |= {k.C_FIRST: first, k.C_LAST: end, **layout}
         columns[k.A_OFFSET] = sum(part.size for part in parts)
         rows.append((k.MAX_POOL, columns, {}))
-        parts.append(last(x[first:end]))
+        parts.append(part)
     bench.run(*rows, active=np.concatenate(parts), members=members)
     values = {"x": x[None], "y": _maxima(node, x)}
     expected = before + _applied(MaxPoolBackward("first"), node, R, values)
@@ -366,7 +380,7 @@ def test_max_pool_of_a_window_that_sees_only_padding() -> None:
     source, target = bench.put(np.ones((2, 1, 3), np.float32)), bench.sheet((2, 1, 3))
     behind = bench.sheet((2, 4, 3))
     columns = source.source | target.target | window_columns(node)
-    columns |= {k.C_LAST: 2, k.A_STRIDE: 2}
+    columns |= {k.C_LAST: 2, k.A_STRIDE: 2, k.A_STEP: 1}
     bench.run((k.MAX_POOL, columns, {}), active=np.ones(6, np.float32))
     assert not bench.get(target).any()
     assert np.isnan(bench.rows(behind)).all()
@@ -458,16 +472,38 @@ def passed(
     around: tuple[int, int] = (0, 0),
     dense: int = NEVER,
 ) -> tuple[Array, float]:
-    """What ACTIVATE and STORE leave in an untouched sheet, and the threshold that was found."""
+    """What ACTIVATE and STORE leave in an untouched sheet, and the threshold that was found.
+
+    The same in whichever order the activations lie.
+    """
+    results = []
+    for blocked in (False, True):
+        active, layout = laid_out(a.astype(np.float32), blocked=blocked)
+        given = layout | {k.MODE: mode, k.A_OFFSET: 3, k.DENSE: dense, **columns}
+        results.append(_passed(active, R, given, numbers, members=members, around=around))
+    (found, threshold), (found_in_blocks, threshold_in_blocks) = results
+    np.testing.assert_array_equal(found, found_in_blocks)
+    np.testing.assert_array_equal(threshold, threshold_in_blocks)
+    return found, threshold
+
+
+def _passed(
+    active: Array,
+    R: Array,
+    columns: Columns,
+    numbers: dict[int, float],
+    *,
+    members: int,
+    around: tuple[int, int],
+) -> tuple[Array, float]:
     bench = Bench()
     source = bench.put(R.astype(np.float32), before=around[0], after=around[1])
     target = bench.sheet(R.shape)
-    given_columns = {k.MODE: mode, k.A_STRIDE: len(a), k.A_OFFSET: 3, k.DENSE: dense, **columns}
     rows = (
-        (k.ACTIVATE, source.source | given_columns, {k.CEILING: np.nan, **numbers}),
+        (k.ACTIVATE, source.source | columns, {k.CEILING: np.nan, **numbers}),
         (k.STORE, source.source | target.target, {}),
     )
-    active = np.concatenate([np.full(3, np.nan, np.float32), last(a.astype(np.float32))])
+    active = np.concatenate([np.full(3, np.nan, np.float32), active])
     _, shared = bench.run(*rows, active=active, members=members)
     return bench.get(target), float(shared[k.THRESHOLD])
 
