@@ -1184,10 +1184,11 @@ def read(arenas, touched, begin, stride, marks, result):
     """Copy a sheet of all samples to (N, C, P), channels first; a row that holds nothing is 0."""
     samples, channels, pixels = result.shape
     for n in range(samples):
-        for p in range(pixels):
-            known, row = touched[n, marks + p] != 0, begin + p * stride
-            for c in range(channels):
-                result[n, c, p] = arenas[n, row + c] if known else np.float32(0)
+        known = touched[n, marks : marks + pixels]
+        for c in range(channels):
+            column, out = arenas[n, begin + c :], result[n, c]
+            for p in range(pixels):
+                out[p] = column[p * stride] if known[p] else np.float32(0)
 
 
 @njit(nogil=True, cache=True)

@@ -126,7 +126,9 @@ def _hand_over_blocks(model: onnx.ModelProto, images: Sequence[str]) -> dict[str
 
 def _lend(options: Any, model: onnx.ModelProto, weights: np.ndarray) -> None:
     """Let a session read what the model says is in a file from memory."""
-    runtime, names, values = import_onnxruntime(), [], []
+    runtime = import_onnxruntime()
+    names: list[str] = []
+    values: list[Any] = []
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             where = ExternalDataInfo(tensor)
