@@ -1227,13 +1227,11 @@ def advance(
         each wrote is there, and when `rows` say where they stopped.
     """
     wait(barrier, members)
-    bound = table.copy()
+    op = np.empty(COLUMNS, np.int64)
     for sample in samples:
-        bound[:, A_OFFSET] = table[:, A_OFFSET] + (first + sample) * table[:, A_LENGTH]
-        bound[:, B_OFFSET] = table[:, B_OFFSET] + (first + sample) * table[:, B_LENGTH]
         stopped = _run(
-            bound, floats, rows[sample], arenas[sample], touched[sample], active, weights, lists,
-            work, shared, member, members, barrier,
+            table, op, floats, rows[sample], first + sample, arenas[sample], touched[sample],
+            active, weights, lists, work, shared, member, members, barrier,
         )  # fmt: skip
         wait(barrier, members)
         if member == 0:
@@ -1243,14 +1241,17 @@ def advance(
 
 @_kernel
 def _run(
-    table, floats, start, arena, touched, active, weights, lists, work, shared, member, members,
-    barrier,
+    table, op, floats, start, sample, arena, touched, active, weights, lists, work, shared, member,
+    members, barrier,
 ):  # fmt: skip
     row = start
     if row == 0:
         shared[PREVIOUS] = 1
     while row < table.shape[0]:
-        op = table[row]
+        for column in range(COLUMNS):
+            op[column] = table[row, column]
+        op[A_OFFSET] += sample * op[A_LENGTH]
+        op[B_OFFSET] += sample * op[B_LENGTH]
         kind = op[OP]
         if kind == STOP:
             return row

@@ -24,9 +24,10 @@ from .cpu import (
     array_of,
     image_of,
     mark,
+    unwritten,
 )
 from .crew import Crew, processors
-from .dense import DenseTransposes, parts_of
+from .dense import DenseTransposes
 from .lowered import Chunk, LoweredBackend, LoweredRunner, Walk
 from .lowering import masks_border
 from .memory import Memory
@@ -204,17 +205,18 @@ class _Team:
                 rows[waiting] += 1
 
     def _dense(self, walk: _Walk, step: Step, samples: np.ndarray, member: int) -> None:
-        """One member's share of the channels that a dense product adds to."""
+        """One member's share of the rows that a dense product adds to."""
         node, sheets = step.node, self.chunk.program.sheets
-        parts = parts_of(node, self.members)
-        if member >= parts:
+        transpose, sheet = walk.dense(node, member, self.members), sheets[node.inputs[0]]
+        if transpose is None:
             return
         R = image_of(sheets[node.outputs[0]], *walk.sheets, samples)
         if masks_border(step):
             R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
-        transpose = walk.dense(node, member, parts)
-        result = transpose(R, partial(self.scratch.room, member))
-        add_image(sheets[node.inputs[0]], *walk.sheets, result, samples, transpose.channels)
+        place = unwritten(sheet, *walk.sheets, samples, transpose.rows)
+        result = transpose(R, partial(self.scratch.room, member), place)
+        if place is None:
+            add_image(sheet, *walk.sheets, result, samples, transpose.rows)
 
     def _advance(self, walk: _Walk, samples: np.ndarray, member: int) -> None:
         chunk, scratch = self.chunk, self.scratch

@@ -379,18 +379,30 @@ def add_image(
     touched: np.ndarray,
     image: np.ndarray,
     samples: np.ndarray,
-    channels: slice,
+    rows: slice,
 ) -> None:
-    """Add a gradient (n, H, W, C) to channels of a sheet that is nobody's part; see `mark`."""
-    rows, marks = _views(sheet, arenas, touched)
-    pick = _indices(samples)
-    image, known = image.reshape(len(samples), sheet.pixels, -1), marks[pick]
+    """Add a gradient (n, rows, W, C) to rows of a sheet that is nobody's part; see `mark`."""
+    pixels, marks = _views(sheet, arenas, touched)
+    where = _indices(samples), slice(rows.start * sheet.width, rows.stop * sheet.width)
+    known = marks[where]
+    image = image.reshape(*known.shape, sheet.channels)
     if known.all():
-        rows[pick, :, channels] += image
+        pixels[where] += image
         return
     if known.any():
-        image = np.where(known[:, :, None] != 0, rows[pick, :, channels], np.float32(0)) + image
-    rows[pick, :, channels] = image
+        image = np.where(known[:, :, None] != 0, pixels[where], np.float32(0)) + image
+    pixels[where] = image
+
+
+def unwritten(
+    sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, samples: np.ndarray, rows: slice
+) -> np.ndarray | None:
+    """One sample's rows (1, rows, W, C) of such a sheet, if nobody has written any of them yet."""
+    pixels, marks = _views(sheet, arenas, touched)
+    where = _indices(samples), slice(rows.start * sheet.width, rows.stop * sheet.width)
+    if len(samples) > 1 or marks[where].any():
+        return None
+    return pixels[where].reshape(1, -1, sheet.width, sheet.channels)
 
 
 def mark(sheet: Sheet, touched: np.ndarray, samples: np.ndarray) -> None:
@@ -420,7 +432,7 @@ def add_array(sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, value: np.n
     everyone = np.arange(len(arenas))
     image = value.reshape(len(arenas), sheet.channels, sheet.height, sheet.width)
     last = image.transpose(0, 2, 3, 1)
-    add_image(sheet, arenas, touched, last, everyone, slice(None))
+    add_image(sheet, arenas, touched, last, everyone, slice(0, sheet.height))
     mark(sheet, touched, everyone)
 
 

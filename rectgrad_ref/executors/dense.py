@@ -6,6 +6,9 @@ onnxruntime runs in the same blocked layout as the forward pass. With stride s, 
 t ≡ ρ (mod s) is such a convolution with every s-th element of the kernel: one *phase* per remainder
 and axis [1]_. ConvTranspose does what is left, more slowly.
 
+Each thread of a team computes some rows of the result, a *slab*, from those that reach it: so no row
+is brought to another layout twice, and the result can be written where it belongs.
+
 References
 ----------
 .. [1] W. Shi et al., "Is the deconvolution layer the same as a convolutional layer?",
@@ -28,32 +31,43 @@ from ..forward import import_onnxruntime
 from ..graph import Node
 from .crew import at_fork
 
-# Fewer input channels than this are not worth a session of their own.
-_CHANNELS = 32
-# With fewer, putting the phases together costs more than ConvTranspose.
-_PHASED = 96
+# Of fewer channels, ConvTranspose is faster than phases that are put together.
+_PHASED = 16
 
 
 class DenseTransposes:
     """The transposes of one model's convolutions, each built when it is first needed.
 
-    The sessions have no threads of their own, of which a hundred sessions would have too many:
-    every thread of a team computes some of the result's channels.
+    The sessions have no threads of their own, of which a hundred sessions would have too many.
     """
 
     _building = Lock()
 
     def __init__(self) -> None:
-        self._built: dict[tuple[str, int, int], DenseTranspose] = {}
+        self._transposes: dict[tuple[str, int, int], DenseTranspose | None] = {}
+        self._sessions: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, node: Node, part: int, parts: int) -> DenseTranspose:
-        """The transpose of a Conv, one of `parts` shares of its input's channels."""
-        key = (node.outputs[0], part, parts)
-        if key not in self._built:
+    def __call__(self, node: Node, member: int, members: int) -> DenseTranspose | None:
+        """One member's share of a Conv's transpose; None: there is nothing left for it."""
+        key = (node.outputs[0], member, members)
+        if key not in self._transposes:
+            self._transposes[key] = self._made(node, member, parts_of(node, members))
+        return self._transposes[key]
+
+    def _made(self, node: Node, part: int, parts: int) -> DenseTranspose | None:
+        if part >= parts:
+            return None
+        slab = _slab(node, part, parts)
+        return DenseTranspose(node, slab, self._session(node, slab))
+
+    def _session(self, node: Node, slab: _Slab) -> Any:
+        """What computes a slab; slabs with the same padding share it."""
+        key = (node.outputs[0], *(band.pads for band in slab.bands))
+        if key not in self._sessions:
             with DenseTransposes._building:
-                if key not in self._built:
-                    self._built[key] = DenseTranspose(node, part, parts)
-        return self._built[key]
+                if key not in self._sessions:
+                    self._sessions[key] = _session(_graph(node, slab))
+        return self._sessions[key]
 
 
 def _unlock() -> None:
@@ -65,69 +79,132 @@ at_fork(_unlock)
 
 
 class DenseTranspose:
-    """One share of the channels of a transpose."""
+    """Some rows of a transpose.
 
-    def __init__(self, node: Node, part: int, parts: int) -> None:
-        self.channels = slice(*channels_of(node, part, parts))
-        depth = self.channels.stop - self.channels.start
-        phases = _phases(node, depth)
+    Attributes
+    ----------
+    rows : slice
+        Which.
+    """
+
+    def __init__(self, node: Node, slab: _Slab, session: Any) -> None:
+        self.rows, self._reads, self._bands = slab.rows, slab.reads, slab.bands
+        _, channels, _, width = node.input_shapes[0]
+        self._whole = (slab.rows.stop - slab.rows.start, width, channels)
+        self._columns = axis_phases(node, 1) if slab.bands else []
         self._strides = node["strides"]
+        self._shapes = [
+            (band.computed, x.pixels, channels) for band in slab.bands for x in self._columns
+        ]
         # Of a stride of 1 there is one phase, which is the result.
-        self._phases = phases if phases is not None and max(self._strides) > 1 else None
-        self._whole = (*node.input_shapes[0][2:], depth)
-        self._shapes = [self._whole]
-        if self._phases is not None:
-            self._shapes = [(y.pixels, x.pixels, depth) for y, x in self._phases]
-        self._session = _session(_graph(node, part, parts))
-        self._names = [output.name for output in self._session.get_outputs()]
+        self._in_phases = max(self._strides) > 1 and bool(slab.bands)
+        written = sum(band.count for band in slab.bands) * sum(x.pixels for x in self._columns)
+        self._has_gaps = written < self._whole[0] * width
+        self._session = session
+        self._names = [output.name for output in session.get_outputs()]
 
-    def __call__(self, R: np.ndarray, room: Callable[[int], np.ndarray]) -> np.ndarray:
+    def __call__(
+        self,
+        R: np.ndarray,
+        room: Callable[[int], np.ndarray],
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The gradient at the Conv's input.
 
         Parameters
         ----------
         R : numpy.ndarray of float32, shape (n, H_out, W_out, C_out)
         room : callable
-            Gives so many floats for the result, which lasts until they are used again.
+            Gives so many floats, which last until they are used again.
+        out : numpy.ndarray of float32, shape (n, rows, W_in, C), optional
+            Where the result goes, without gaps; by default there.
 
         Returns
         -------
-        numpy.ndarray of float32, shape (n, H_in, W_in, C), of the `channels`
+        numpy.ndarray of float32, shape (n, rows, W_in, C)
         """
-        R, binding = np.ascontiguousarray(R), self._session.io_binding()
+        R, binding = np.ascontiguousarray(R[:, self._reads]), self._session.io_binding()
         binding.bind_input("R", "cpu", 0, np.float32, R.shape, R.ctypes.data)
-        shapes = [(len(R), *shape) for shape in (*self._shapes, self._whole)]
-        results = _laid_out(room, shapes if self._phases is not None else shapes[:1])
-        for name, result in zip(self._names, results, strict=False):
+        shapes = [(len(R), *shape) for shape in self._shapes] if self._in_phases else []
+        if out is None:
+            shapes.append((len(R), *self._whole))
+        results = _laid_out(room, shapes) if shapes else []
+        whole = results.pop() if out is None else out
+        for name, result in zip(self._names, results or [whole], strict=True):
             binding.bind_output(name, "cpu", 0, np.float32, result.shape, result.ctypes.data)
         self._session.run_with_iobinding(binding)
-        if self._phases is None:
-            return results[0]
-        whole, (rows, columns) = results.pop(), self._strides
-        whole[...] = 0
-        for (y, x), result in zip(self._phases, results, strict=True):
-            whole[:, y.first :: rows, x.first :: columns] = result
+        if self._in_phases:
+            self._put_together(results, whole)
         return whole
+
+    def _put_together(self, results: list[np.ndarray], whole: np.ndarray) -> None:
+        if self._has_gaps:
+            whole[...] = 0
+        rows, columns = self._strides
+        phases = product(self._bands, self._columns)
+        for (band, x), result in zip(phases, results, strict=True):
+            wanted = result[:, band.skipped : band.skipped + band.count]
+            whole[:, band.first :: rows, x.first :: columns] = wanted
 
 
 def _laid_out(room: Callable[[int], np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """Arrays that follow each other."""
     sizes = [prod(shape) for shape in shapes]
-    parts = np.split(room(sum(sizes)), np.cumsum(sizes)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = np.split(room(sum(sizes)), np.cumsum(sizes))
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
 def parts_of(node: Node, members: int) -> int:
-    """Into how many parts the result's channels are cut; groups stay whole."""
-    if node["group"] > 1:
+    """Into how many slabs the result is cut."""
+    if not _is_phased(node):
         return 1
-    return max(1, min(members, node.input_shapes[0][1] // _CHANNELS))
+    return min(members, -(-node.input_shapes[0][2] // node["strides"][0]))
 
 
-def channels_of(node: Node, part: int, parts: int) -> tuple[int, int]:
-    """The first and behind the last channel of a part."""
-    channels = node.input_shapes[0][1]
-    return channels * part // parts, channels * (part + 1) // parts
+class _Band(NamedTuple):
+    """What one phase computes of a slab."""
+
+    first: int  # row of the slab at which it begins
+    count: int  # rows
+    skipped: int  # rows before these, which are computed because R has rows for other phases
+    computed: int  # rows in all
+    pads: tuple[int, int]
+    taps: list[int]  # of the kernel, in the order of this convolution
+
+
+class _Slab(NamedTuple):
+    """Rows of the result, the rows of R that reach them, and how; no bands: by ConvTranspose."""
+
+    rows: slice
+    reads: slice
+    bands: list[_Band]
+
+
+def _slab(node: Node, part: int, parts: int) -> _Slab:
+    stride, extent, outputs = node["strides"][0], node.input_shapes[0][2], node.output_shapes[0][2]
+    if not _is_phased(node):
+        return _Slab(slice(0, extent), slice(0, outputs), [])
+    units = -(-extent // stride)
+    begin, end = (min(units * i // parts * stride, extent) for i in (part, part + 1))
+    wanted = []
+    for phase in axis_phases(node, 0):
+        # Rows first + stride·m, of which m is computed from R's rows m − pad … m − pad + reach.
+        m_first, m_last = (-((phase.first - edge) // stride) for edge in (begin, end))
+        m_first, m_last = max(m_first, 0), min(m_last, phase.pixels)
+        reach = (len(phase.taps) - 1) * node["dilations"][0]
+        if m_first < m_last:
+            low = m_first - phase.pads[0]
+            wanted.append((phase, m_first, m_last - m_first, reach, low))
+    r_first = max(0, min(outputs - 1, *(low for *_, low in wanted)))
+    highs = (low + count + reach for _, _, count, reach, low in wanted)
+    r_last = min(outputs, max(r_first + 1, *highs))
+    bands = []
+    for phase, m_first, count, reach, low in wanted:
+        pads = max(0, r_first - low), max(0, low + count + reach - r_last)
+        computed = r_last - r_first + sum(pads) - reach
+        first = phase.first + stride * m_first - begin
+        bands.append(_Band(first, count, max(0, low - r_first), computed, pads, phase.taps))
+    return _Slab(slice(begin, end), slice(r_first, r_last), bands)
 
 
 class _Phase(NamedTuple):
@@ -139,15 +216,13 @@ class _Phase(NamedTuple):
     pads: tuple[int, int]
 
 
-def _phases(node: Node, channels: int) -> list[tuple[_Phase, _Phase]] | None:
-    """Phases of both axes that any output reaches; None where ConvTranspose is better or needed."""
+def _is_phased(node: Node) -> bool:
+    """Whether phases are possible, and faster than ConvTranspose."""
     strided = any(s > 1 for s in node["strides"])
-    if strided and (channels < _PHASED or any(d > 1 for d in node["dilations"])):
-        return None
-    rows, columns = (axis_phases(node, axis) for axis in range(2))
-    if any(min(phase.pads) < 0 for phase in (*rows, *columns)):
-        return None
-    return list(product(rows, columns))
+    if strided and (node.input_shapes[0][1] < _PHASED or any(d > 1 for d in node["dilations"])):
+        return False
+    phases = [phase for axis in range(2) for phase in axis_phases(node, axis)]
+    return all(min(phase.pads) >= 0 for phase in phases)
 
 
 def axis_phases(node: Node, axis: int) -> list[_Phase]:
@@ -168,30 +243,28 @@ def axis_phases(node: Node, axis: int) -> list[_Phase]:
     return phases
 
 
-def _graph(node: Node, part: int, parts: int) -> bytes:
+def _graph(node: Node, slab: _Slab) -> bytes:
     weights = node.constants[1]
     assert weights is not None
-    if parts > 1:
-        weights = weights[:, slice(*channels_of(node, part, parts))]
     weights = weights.astype(np.float32, copy=False)
     if _is_matrix(node):
         matmul = helper.make_node("MatMul", ["R", "W"], ["last"])
         return _model([matmul], {"W": weights[:, :, 0, 0]}, ["last"])
     nodes = [helper.make_node("Transpose", ["R"], ["first"], perm=[0, 3, 1, 2])]
     attributes = {"group": node["group"], "dilations": list(node["dilations"])}
-    phases = _phases(node, weights.shape[1] * node["group"])
-    if phases is None:
+    if not slab.bands:
         attributes["strides"] = list(node["strides"])
         attributes["pads"] = list(node["pads"])
         attributes["output_padding"] = left_over(node)
         nodes += _channels_last("ConvTranspose", "", attributes)
         return _model(nodes, {"W": weights}, ["last"])
     kernels = {}
-    for i, (y, x) in enumerate(phases):
-        attributes["pads"] = [y.pads[0], x.pads[0], y.pads[1], x.pads[1]]
+    phases = product(slab.bands, axis_phases(node, 1))
+    for i, (band, x) in enumerate(phases):
+        attributes["pads"] = [band.pads[0], x.pads[0], band.pads[1], x.pads[1]]
         nodes += _channels_last("Conv", str(i), attributes)
-        kernels[f"W{i}"] = exchanged(weights[:, :, y.taps][..., x.taps], node["group"])
-    return _model(nodes, kernels, [f"last{i}" for i in range(len(phases))])
+        kernels[f"W{i}"] = exchanged(weights[:, :, band.taps][..., x.taps], node["group"])
+    return _model(nodes, kernels, [f"last{i}" for i in range(len(kernels))])
 
 
 def _is_matrix(node: Node) -> bool:

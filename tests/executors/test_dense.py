@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -84,22 +85,53 @@ def test_any_convolution(
     _, c, h, w = node.output_shapes[0]
     R = rng.standard_normal((2, h, w, c)).astype(np.float32)
     expected = transposed(node, R)
-    found = DenseTransposes()(node, 0, 1)(R, dirty)
+    transpose = DenseTransposes()(node, 0, 1)
+    assert transpose is not None
+    found = transpose(R, dirty)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_parts_are_channels(kernel: int, stride: int) -> None:
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (1, 1, 1, 1), (3, 0, 2, 1)], ids=str)
+@pytest.mark.parametrize("height", [8, 13])
+@pytest.mark.parametrize("members", [2, 3, 5])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parts_are_rows(
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, ...],
+    height: int,
+    members: int,
+    in_place: bool,
+) -> None:
     rng = np.random.default_rng(0)
-    weights = rng.standard_normal((4, 200, kernel, kernel)).astype(np.float32)
-    node = convolution(200, (9, 9), weights, strides=(stride, stride))
+    weights = rng.standard_normal((4, 20, *kernel)).astype(np.float32)
+    node = convolution(20, (height, 9), weights, strides=strides, pads=pads)
     _, c, h, w = node.output_shapes[0]
     R = rng.standard_normal((2, h, w, c)).astype(np.float32)
-    parts, transposes = parts_of(node, 2), DenseTransposes()
-    assert parts == 2
-    found = [transposes(node, part, parts)(R, dirty) for part in range(parts)]
-    assert [part.shape[-1] for part in found] == [100, 100]
     expected = transposed(node, R)
-    joined = np.concatenate(found, axis=-1)
-    np.testing.assert_allclose(joined, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    parts, transposes = parts_of(node, members), DenseTransposes()
+    found = np.full_like(expected, np.nan, np.float32)
+    for member in range(members):
+        transpose = transposes(node, member, members)
+        assert (transpose is None) == (member >= parts)
+        if transpose is None:
+            continue
+        rows = expected[:, transpose.rows].shape
+        out = dirty(prod(rows)).reshape(rows) if in_place else None
+        result = transpose(R, dirty, out)
+        assert out is None or result is out
+        assert np.isnan(found[:, transpose.rows]).all()
+        found[:, transpose.rows] = result
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_slabs_without_padding_share_a_session() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((4, 20, 1, 3)).astype(np.float32)
+    node = convolution(20, (9, 9), weights, pads=(0, 1, 0, 1))
+    transposes = DenseTransposes()
+    for part in range(3):
+        transposes(node, part, 3)
+    assert len(transposes._sessions) == 1
