@@ -1133,7 +1133,7 @@ def _divisor(op, top, left, i_count, j_count):
 @_kernel
 def _average_pool(op, arena, touched, row_first, row_last):
     """To all cells of the window alike."""
-    width = op[T_C]
+    width, line = op[T_C], op[DH] * op[T_W]
     blocks = width - width % simd.LANES
     for y in range(op[S_H]):
         top = y * op[SH] - op[TOP]
@@ -1148,16 +1148,24 @@ def _average_pool(op, arena, touched, row_first, row_last):
             j_first, j_last = _kernel_range(left, op[DW], op[KW], op[T_W])
             count = np.float32(_divisor(op, top, left, i_last - i_first, j_last - j_first))
             source = op[S_OFFSET] + p * op[S_STRIDE]
+            cell = top * op[T_W] + left
             for i in range(own_first, own_last):
                 for j in range(j_first, j_last):
-                    q = (top + i * op[DH]) * op[T_W] + left + j * op[DW]
-                    _touch(op, arena, touched, q)
-                    at = op[T_OFFSET] + q * op[T_STRIDE]
-                    for c in range(0, blocks, simd.LANES):
-                        share = simd.divide(simd.load(arena, source + c), count)
-                        simd.store(arena, at + c, simd.add(simd.load(arena, at + c), share))
-                    for c in range(blocks, width):
-                        arena[at + c] += arena[source + c] / count
+                    _touch(op, arena, touched, cell + i * line + j * op[DW])
+            # A division takes as long as all additions of its result.
+            for c in range(0, blocks, simd.LANES):
+                share = simd.divide(simd.load(arena, source + c), count)
+                for i in range(own_first, own_last):
+                    for j in range(j_first, j_last):
+                        q = cell + i * line + j * op[DW]
+                        at = op[T_OFFSET] + q * op[T_STRIDE] + c
+                        simd.store(arena, at, simd.add(simd.load(arena, at), share))
+            for c in range(blocks, width):
+                share_of_one = arena[source + c] / count
+                for i in range(own_first, own_last):
+                    for j in range(j_first, j_last):
+                        q = cell + i * line + j * op[DW]
+                        arena[op[T_OFFSET] + q * op[T_STRIDE] + c] += share_of_one
 
 
 @_kernel

@@ -6,8 +6,8 @@ onnxruntime runs in the same blocked layout as the forward pass. With stride s, 
 t ≡ ρ (mod s) is such a convolution with every s-th element of the kernel: one *phase* per remainder
 and axis [1]_. ConvTranspose does what is left, more slowly.
 
-Each thread of a team computes some rows of the result, a *slab*, from those that reach it: so no row
-is brought to another layout twice, and the result can be written where it belongs.
+Each thread of a team computes some rows of the result, a *slab*, from those that reach it: so no
+row is brought to another layout twice, and the result can be written where it belongs.
 
 References
 ----------
@@ -18,6 +18,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from threading import Lock
@@ -93,7 +94,7 @@ class DenseTranspose:
         self._whole = (slab.rows.stop - slab.rows.start, width, channels)
         self._columns = axis_phases(node, 1) if slab.bands else []
         self._strides = node["strides"]
-        self._shapes = [
+        self._shapes: list[tuple[int, ...]] = [
             (band.computed, x.pixels, channels) for band in slab.bands for x in self._columns
         ]
         # Of a stride of 1 there is one phase, which is the result.
@@ -125,10 +126,10 @@ class DenseTranspose:
         """
         R, binding = np.ascontiguousarray(R[:, self._reads]), self._session.io_binding()
         binding.bind_input("R", "cpu", 0, np.float32, R.shape, R.ctypes.data)
-        shapes = [(len(R), *shape) for shape in self._shapes] if self._in_phases else []
+        shapes = self._shapes if self._in_phases else []
         if out is None:
-            shapes.append((len(R), *self._whole))
-        results = _laid_out(room, shapes) if shapes else []
+            shapes = [*shapes, self._whole]
+        results = _laid_out(room, len(R), shapes) if shapes else []
         whole = results.pop() if out is None else out
         for name, result in zip(self._names, results or [whole], strict=True):
             binding.bind_output(name, "cpu", 0, np.float32, result.shape, result.ctypes.data)
@@ -147,21 +148,24 @@ class DenseTranspose:
             whole[:, band.first :: rows, x.first :: columns] = wanted
 
 
-def _laid_out(room: Callable[[int], np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """Arrays that follow each other."""
-    sizes = [prod(shape) for shape in shapes]
-    parts = np.split(room(sum(sizes)), np.cumsum(sizes))
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+def _laid_out(
+    room: Callable[[int], np.ndarray], n: int, shapes: list[tuple[int, ...]]
+) -> list[np.ndarray]:
+    """Arrays for `n` of each shape that follow each other."""
+    sizes = [n * prod(shape) for shape in shapes]
+    parts = np.split(room(sum(sizes)), np.cumsum(sizes)[:-1])
+    return [part.reshape(n, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def parts_of(node: Node, members: int) -> int:
-    """Into how many slabs the result is cut."""
+    """Into how many slabs the result is cut, so that each has rows of all phases."""
     if not _is_phased(node):
         return 1
-    return min(members, -(-node.input_shapes[0][2] // node["strides"][0]))
+    return max(1, min(members, node.input_shapes[0][2] // node["strides"][0]))
 
 
-class _Band(NamedTuple):
+@dataclass(frozen=True)
+class _Band:
     """What one phase computes of a slab."""
 
     first: int  # row of the slab at which it begins
@@ -184,24 +188,21 @@ def _slab(node: Node, part: int, parts: int) -> _Slab:
     stride, extent, outputs = node["strides"][0], node.input_shapes[0][2], node.output_shapes[0][2]
     if not _is_phased(node):
         return _Slab(slice(0, extent), slice(0, outputs), [])
-    units = -(-extent // stride)
-    begin, end = (min(units * i // parts * stride, extent) for i in (part, part + 1))
+    begin, end = (extent // stride * i // parts * stride for i in (part, part + 1))
+    end = extent if part + 1 == parts else end
     wanted = []
     for phase in axis_phases(node, 0):
         # Rows first + stride·m, of which m is computed from R's rows m − pad … m − pad + reach.
         m_first, m_last = (-((phase.first - edge) // stride) for edge in (begin, end))
-        m_first, m_last = max(m_first, 0), min(m_last, phase.pixels)
         reach = (len(phase.taps) - 1) * node["dilations"][0]
-        if m_first < m_last:
-            low = m_first - phase.pads[0]
-            wanted.append((phase, m_first, m_last - m_first, reach, low))
-    r_first = max(0, min(outputs - 1, *(low for *_, low in wanted)))
-    highs = (low + count + reach for _, _, count, reach, low in wanted)
-    r_last = min(outputs, max(r_first + 1, *highs))
+        low = m_first - phase.pads[0]
+        wanted.append((phase, m_first, m_last - m_first, low, low + m_last - m_first + reach))
+    r_first = max(0, min(outputs - 1, *(low for *_, low, _ in wanted)))
+    r_last = min(outputs, max(r_first + 1, *(high for *_, high in wanted)))
     bands = []
-    for phase, m_first, count, reach, low in wanted:
-        pads = max(0, r_first - low), max(0, low + count + reach - r_last)
-        computed = r_last - r_first + sum(pads) - reach
+    for phase, m_first, count, low, high in wanted:
+        pads = max(0, r_first - low), max(0, high - r_last)
+        computed = r_last - r_first + sum(pads) - (high - low - count)
         first = phase.first + stride * m_first - begin
         bands.append(_Band(first, count, max(0, low - r_first), computed, pads, phase.taps))
     return _Slab(slice(begin, end), slice(r_first, r_last), bands)
@@ -221,8 +222,8 @@ def _is_phased(node: Node) -> bool:
     strided = any(s > 1 for s in node["strides"])
     if strided and (node.input_shapes[0][1] < _PHASED or any(d > 1 for d in node["dilations"])):
         return False
-    phases = [phase for axis in range(2) for phase in axis_phases(node, axis)]
-    return all(min(phase.pads) >= 0 for phase in phases)
+    axes = [axis_phases(node, axis) for axis in range(2)]
+    return all(axes) and all(min(phase.pads) >= 0 for phases in axes for phase in phases)
 
 
 def axis_phases(node: Node, axis: int) -> list[_Phase]:

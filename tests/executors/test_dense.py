@@ -95,7 +95,7 @@ def test_any_convolution(
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("pads", [(0, 0, 0, 0), (1, 1, 1, 1), (3, 0, 2, 1)], ids=str)
 @pytest.mark.parametrize("height", [8, 13])
-@pytest.mark.parametrize("members", [2, 3, 5])
+@pytest.mark.parametrize("members", [2, 3, 7])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_parts_are_rows(
     kernel: tuple[int, int],
@@ -125,6 +125,17 @@ def test_parts_are_rows(
         assert np.isnan(found[:, transpose.rows]).all()
         found[:, transpose.rows] = result
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("pads", [(1, 0, 0, 0), (0, 1, 0, 0)], ids=str)
+def test_nothing_reaches_a_line_between_two_strides(pads: tuple[int, ...]) -> None:
+    weights = np.ones((4, 20, 1, 1), np.float32)
+    extent = (1, 8) if pads[0] else (8, 1)
+    node = convolution(20, extent, weights, strides=(2, 2), pads=pads)
+    _, c, h, w = node.output_shapes[0]
+    transpose = DenseTransposes()(node, 0, 2)
+    assert transpose is not None
+    assert not transpose(np.ones((2, h, w, c), np.float32), dirty).any()
 
 
 def test_slabs_without_padding_share_a_session() -> None:
