@@ -128,9 +128,10 @@ class Places(dict[str, Any]):
     def bound(self, session: LoadedModel, bind: Callable[[Any, str, Any], None]) -> Any:
         """onnxruntime's binding of a session's outputs to these places."""
         if self.session is not session:
-            self.session, self._binding = session, session.runs.io_binding()
+            binding = session.runs.io_binding()
             for name, place in self.items():
-                bind(self._binding, name, place)
+                bind(binding, name, place)
+            self.session, self._binding = session, binding
         return self._binding
 
 
