@@ -81,7 +81,7 @@ class Program(lowering.Program[Sheet]):
     Attributes
     ----------
     table, floats : numpy.ndarray
-        For `kernels.cpu.advance`.
+        For `kernels.cpu.advance`, of activations that lie channels last; see `table_for`.
     steps : dict of int to Step
         Table row → the step that may stop there: one for the reference, or a scatter.
     units, pixels : int
