@@ -19,6 +19,10 @@ pixel, and a convolution's transpose adds a row of weights per nonzero and kerne
 a run of kw · C_in contiguous floats where dw = 1. Which path a step takes depends on shapes and on
 how many nonzeros there are, and on nothing else.
 
+Where windows of a max-pool do not overlap, the activation before it is asked about their maxima
+only, with the gradient at the pool's output: all others get 0, which passes nothing, and score 0
+(the table says how many these are). What passes then goes to where the maxima lie.
+
 All threads of a team run the same code on the same sample. They share the pixels of an activation
 by ranges, and the result of a scatter by rows or by channels; so every float is summed by one
 thread, in one order, whatever the team's size.
@@ -37,16 +41,17 @@ from .team import total, wait
 
 # Operations.
 (
-    ACTIVATE, RATIO, SCATTER, STORE, COMPACT, MAX_POOL, AVERAGE_POOL, ADD, SCALE, FORGET, STOP
-) = range(11)  # fmt: skip
+    ACTIVATE, COMPACT, LIST, UNPOOL, SCATTER, STORE, RATIO, MAX_POOL, AVERAGE_POOL, ADD, SCALE,
+    FORGET, STOP,
+) = range(13)  # fmt: skip
 
 # Columns of the table: what an operation reads (source), adds to (target), and its geometry.
 (
     OP, S_OFFSET, S_STRIDE, S_TOUCHED, S_H, S_W, S_C, T_OFFSET, T_STRIDE, T_TOUCHED, T_H, T_W, T_C,
     A_OFFSET, A_LENGTH, A_STRIDE, W_OFFSET, KH, KW, SH, SW, DH, DW, TOP, LEFT, GROUP, BORDER, MODE,
     RANK_LOW, RANK_HIGH, DENSE, COUNT_PAD, C_FIRST, C_LAST, PADDED_H, PADDED_W, STRICT, S_BASE,
-    B_OFFSET, B_LENGTH, A_STEP, B_STRIDE, B_STEP, COLUMNS,
-) = range(44)  # fmt: skip
+    B_OFFSET, B_LENGTH, A_STEP, B_STRIDE, B_STEP, ZEROS, COLUMNS,
+) = range(45)  # fmt: skip
 # Columns of the float table. Activations that reach the ceiling have slope 0; NaN: there is none.
 FRACTION, TAU, EPS, CEILING, GUESS, FLOATS = range(6)
 
@@ -57,9 +62,8 @@ PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = rang
 # away from 0, or of the differences of both from those at a baseline.
 BY_EPSILON, BY_DIFFERENCE = range(2)
 
-# Shared words of a team: the threshold or its bound, whether it is final, whether what passes the
-# activation is no list, because it is too much, but all that its sheet holds; and the last τ.
-THRESHOLD, FINAL, FILLED, PREVIOUS, SHARED = 0, 8, 16, 24, 32
+# Shared words of a team: the threshold or its bound, whether it is final, and the last τ.
+THRESHOLD, FINAL, PREVIOUS, SHARED = 0, 8, 16, 24
 WIDE = simd.WIDE * simd.LANES
 # A team's lists. What passes an activation is so many runs, found[0]: run n holds the gradients
 # values[begins[n] … ends[n]] of pixels[n], whose channels are `units` of the same places. Before, a
@@ -375,7 +379,9 @@ def _all_scores(op, arena, touched, active, condition, work):
         for c in range(blocks, width):
             s = _score(mode, active[where + _behind(c, step)], arena[row + c], eps)
             work[begin + c] = s if s == s else np.float32(0)
-    return pixels * width
+    units = pixels * width + op[ZEROS]
+    work[pixels * width : units] = 0
+    return units
 
 
 @_kernel
@@ -415,7 +421,7 @@ def _filter(op, member, members, active, floor, ceiling, lists):
     units, scores, found = lists[UNITS], lists[SCORES], lists[FOUND]
     parts = _parts(members)
     for part in range(member, parts, members):
-        begin = _share(op[S_H] * op[S_W], part, parts)[0] * op[S_C]
+        begin = _first_pixel(op, part, parts) * op[S_C]
         end, at = found[1 + part], begin
         blocks = end - (end - begin) % simd.LANES
         for i in range(begin, blocks, simd.LANES):
@@ -453,22 +459,32 @@ def _list(op, member, members, arena, lists, barrier):
     """Make of the collected units, which are in order, the runs that the gradient consists of."""
     parts = _parts(members)
     for part in range(member, parts, members):
-        _list_part(op, part, _share(op[S_H] * op[S_W], part, parts)[0], arena, lists)
+        _list_part(op, part, parts, arena, lists)
     wait(barrier, members)
     if member == 0:
         _join(op, parts, lists)
     wait(barrier, members)
 
 
+@_inlined
+def _first_pixel(op, part, parts):
+    """Of a part of what is listed, which is the target of a pool; its lists begin there."""
+    if op[OP] == UNPOOL:
+        return _share(op[S_H], part, parts)[0] * op[SH] * op[T_W]
+    return _share(op[S_H] * op[S_W], part, parts)[0]
+
+
 @_kernel
-def _list_part(op, part, first, arena, lists):
-    """Runs from number `first` on; `found` says where they end."""
+def _list_part(op, part, parts, arena, lists):
+    """The runs of one part; `found` says where they end."""
     pixels, begins, ends, units, values, _, found = lists
+    first = _first_pixel(op, part, parts)
     shift, run, length, before = _shift(op), first - 1, 0, -1
     for i in range(first * op[S_C], found[1 + part]):
         p, c = _place(units[i], shift)
         units[i] = c
-        values[i] = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
+        if op[OP] == LIST:
+            values[i] = arena[op[S_OFFSET] + p * op[S_STRIDE] + c]
         run += p != before
         length = length + 1 if p == before else 0
         pixels[run], begins[run], ends[run] = p, i - length, i + 1
@@ -482,7 +498,7 @@ def _join(op, parts, lists):
     (pixels, begins, ends), found = lists[:UNITS], lists[FOUND]
     n = found[1]
     for part in range(1, parts):
-        first = _share(op[S_H] * op[S_W], part, parts)[0]
+        first = _first_pixel(op, part, parts)
         for run in range(first, found[1 + part]):
             pixels[n], begins[n], ends[n] = pixels[run], begins[run], ends[run]
             n += 1
@@ -496,7 +512,7 @@ def _collected(op, lists, members, work):
     parts, n = _parts(members), 0
     for part in range(parts):
         # What is found in one part lies without a gap.
-        begin = _share(op[S_H] * op[S_W], part, parts)[0] * op[S_C]
+        begin = _first_pixel(op, part, parts) * op[S_C]
         to, collected = work[n:], scores[begin : found[1 + part]]
         for i in range(collected.size):
             to[i] = collected[i]
@@ -509,7 +525,7 @@ def _reach_zero(op, wanted, arena, touched, active, condition):
     """Whether more than `wanted` scores are not negative, as in rows that nothing has touched."""
     mode, eps = condition[:2]
     width, marks, pixels = op[S_C], op[S_TOUCHED], op[S_H] * op[S_W]
-    found, left = pixels * width, 0
+    found, left = pixels * width + op[ZEROS], 0
     for p in range(pixels):
         if touched[marks + p]:
             found -= width
@@ -629,9 +645,10 @@ def _count_inside(op, lists, first, last):
 
 @_kernel
 def _activate(op, floats, arena, touched, active, lists, work, shared, member, members, barrier):
-    """Collect what passes the activation; or, too much for a scatter, leave it in the sheet."""
-    if member == 0:
-        shared[FILLED] = 0
+    """Collect what passes the activation; or, too much for a list, leave it in the sheet.
+
+    Returns whether it is left there. ZEROS more units than the source has score 0.
+    """
     tau, condition = floats[TAU], _condition(op, floats, np.nan)
     thresholded = op[MODE] >= PASS_AR
     if thresholded and np.isnan(tau):
@@ -652,11 +669,9 @@ def _activate(op, floats, arena, touched, active, lists, work, shared, member, m
     elif _few_pass(op, arena, touched, active, condition, member, members, barrier):
         _scan(op, member, members, arena, touched, active, condition, np.float32(-1), lists)
     else:
-        if member == 0:
-            shared[FILLED] = 1
         wait(barrier, members)
-        return
-    _list(op, member, members, arena, lists, barrier)
+        return True
+    return False
 
 
 @_inlined
@@ -723,8 +738,8 @@ def _count_nonzero(arena, row, width):
 
 
 @_kernel
-def _compact(op, arena, touched, lists, shared, member, members, barrier):
-    """A sheet's nonzeros by pixel; or, too many for a scatter, leave them where they are."""
+def _compact(op, arena, touched, lists, member, members, barrier):
+    """Collect a sheet's nonzeros; or, too many for a list, leave them there. Returns whether so."""
     width, n = op[S_C], 0
     first, last = _share(op[S_H] * op[S_W], member, members)
     for p in range(first, last):
@@ -732,14 +747,11 @@ def _compact(op, arena, touched, lists, shared, member, members, barrier):
             break
         if touched[op[S_TOUCHED] + p] and not _on_border(op, p):
             n += _count_nonzero(arena, op[S_OFFSET] + p * op[S_STRIDE], width)
-    few = total(n, barrier, member, members) <= op[DENSE]
-    if member == 0:
-        shared[FILLED] = not few
-    if not few:
+    if total(n, barrier, member, members) > op[DENSE]:
         for p in range(first, last):
             _fill(op, arena, touched, p)
         wait(barrier, members)
-        return
+        return True
     units, found, parts, shift = lists[UNITS], lists[FOUND], _parts(members), _shift(op)
     for part in range(member, parts, members):
         first, last = _share(op[S_H] * op[S_W], part, parts)
@@ -749,7 +761,84 @@ def _compact(op, arena, touched, lists, shared, member, members, barrier):
                 row = op[S_OFFSET] + p * op[S_STRIDE]
                 end = _emit_nonzero(arena, row, width, p << shift, end, units)
         found[1 + part] = end
+    return False
+
+
+@_kernel
+def _unpool(op, filled, arena, touched, active, lists, member, members, barrier):
+    """To the first maxima of windows that do not overlap, what the activation before lets pass.
+
+    Either all that the source's sheet holds, if that is `filled`, or the units collected there.
+    """
+    parts = _parts(members)
+    if filled:
+        for part in range(member, parts, members):
+            first, last = _share(op[T_H], part, parts)
+            _max_pool(op, arena, touched, active, first, last)
+            _touch_all(op, arena, touched, first * op[T_W], last * op[T_W])
+        wait(barrier, members)
+        return
+    for part in range(member, parts, members):
+        _mark_windows(op, part, parts, lists)
+    wait(barrier, members)
+    for part in range(member, parts, members):
+        _emit_maxima(op, part, parts, arena, active, lists)
     _list(op, member, members, arena, lists, barrier)
+
+
+@_kernel
+def _mark_windows(op, part, parts, lists):
+    """Make of the collected units masks, one for each sixteen channels of a pixel."""
+    units, masks, found = lists[UNITS], lists[SCORES].view(np.int32), lists[FOUND]
+    first, last = _share(op[S_H] * op[S_W], part, parts)
+    shift, width = _shift(op), op[S_C]
+    for p in range(first, last):
+        masks[p * width : p * width + width // simd.LANES] = 0
+    for i in range(first * width, found[1 + part]):
+        p, c = _place(units[i], shift)
+        masks[p * width + c // simd.LANES] |= 1 << c % simd.LANES
+
+
+@_kernel
+def _emit_maxima(op, part, parts, arena, active, lists):
+    """Collect the first maxima of these windows, in order, with what they get."""
+    units, values, found = lists[UNITS], lists[VALUES], lists[FOUND]
+    masks = lists[SCORES].view(np.int32)
+    shift, width, line = _shift(op), op[S_C], op[DH] * op[T_W]
+    a_stride, a_step, b_stride, b_step = op[A_STRIDE], op[A_STEP], op[B_STRIDE], op[B_STEP]
+    ahead = -(-_AHEAD // width) * a_stride
+    end = _first_pixel(op, part, parts) * width
+    for y in range(*_share(op[S_H], part, parts)):
+        top = y * op[SH]
+        for i in range(*_kernel_range(top, op[DH], op[KH], op[T_H])):
+            for x in range(op[S_W]):
+                p, left = y * op[S_W] + x, x * op[SW]
+                row, best = op[S_OFFSET] + p * op[S_STRIDE], op[B_OFFSET] + p * b_stride
+                for j in range(*_kernel_range(left, op[DW], op[KW], op[T_W])):
+                    q = top * op[T_W] + left + i * line + j * op[DW]
+                    end = _emit_cell(
+                        arena, row, active, op[A_OFFSET] + q * a_stride, a_step, ahead, best,
+                        b_step, masks, p * width, width, q << shift, end, units, values,
+                    )  # fmt: skip
+    found[1 + part] = end
+
+
+@_inlined
+def _emit_cell(
+    arena, row, active, where, step, ahead, best, best_step, masks, first, width, number, end,
+    units, values,
+):  # fmt: skip
+    """Append the units of one cell that are the first to reach the maxima; returns the new end."""
+    for t in range(width // simd.LANES):
+        c, own = t * simd.LANES, np.uint64(first + t)  # a signed index would be checked
+        simd.prefetch(active, where + c * step + ahead)
+        maxima = simd.load(active, best + c * best_step)
+        wins = simd.equals(simd.load(active, where + c * step), maxima) & np.uint64(masks[own])
+        masks[own] ^= np.int32(wins)
+        simd.append(units, end, simd.numbers_from(number + c), wins)
+        simd.append(values, end, simd.load(arena, row + c), wins)
+        end += simd.lanes_in(wins)
+    return end
 
 
 @_inlined
@@ -1105,16 +1194,27 @@ def _pool_unit(arena, active, r, c, places, strides, window):
     """One channel of one window, all rows of which hold numbers."""
     read, write = places
     a_stride, a_step, t_stride, line, step = strides
-    i_first, i_last, j_first, j_last, own_first, own_last = window
+    row, winner = _first_maximum(
+        active, read + _behind(c, a_step), (a_stride, line, step), window[:4]
+    )
+    own_first, own_last = window[4:]
+    if own_first <= row < own_last:
+        arena[write + winner * t_stride + c] += r
+
+
+@_inlined
+def _first_maximum(active, read, strides, window):
+    """Row and cell of a window's first maximum; -1 where it holds no number."""
+    a_stride, line, step = strides
+    i_first, i_last, j_first, j_last = window
     best, row, winner = np.float32(-np.inf), -1, -1
     for i in range(i_first, i_last):
         for j in range(j_first, j_last):
             cell = i * line + j * step
-            a = active[read + cell * a_stride + _behind(c, a_step)]
+            a = active[read + cell * a_stride]
             if a > best or (row < 0 and a == best):
                 best, row, winner = a, i, cell
-    if own_first <= row < own_last:
-        arena[write + winner * t_stride + c] += r
+    return row, winner
 
 
 @_kernel
@@ -1252,7 +1352,7 @@ def _run(
     table, op, floats, start, sample, arena, touched, active, weights, lists, work, shared, member,
     members, barrier,
 ):  # fmt: skip
-    row = start
+    row, filled = start, False
     if row == 0:
         shared[PREVIOUS] = 1
     while row < table.shape[0]:
@@ -1264,19 +1364,24 @@ def _run(
         if kind == STOP:
             return row
         if kind == ACTIVATE:
-            _activate(
+            filled = _activate(
                 op, floats[row], arena, touched, active, lists, work, shared, member, members,
                 barrier,
             )  # fmt: skip
         elif kind == COMPACT:
-            _compact(op, arena, touched, lists, shared, member, members, barrier)
+            filled = _compact(op, arena, touched, lists, member, members, barrier)
+        elif kind == LIST:
+            if not filled:
+                _list(op, member, members, arena, lists, barrier)
+        elif kind == UNPOOL:
+            _unpool(op, filled, arena, touched, active, lists, member, members, barrier)
         elif kind == SCATTER:
-            if _too_many(op, arena, touched, lists, shared, member, members, barrier):
+            if filled or _too_many(op, arena, touched, lists, member, members, barrier):
                 return row
             _scatter(op, arena, touched, weights, lists, member, members, barrier)
         else:
             _shared(
-                op, floats[row], arena, touched, active, weights, lists, shared, member, members
+                op, floats[row], filled, arena, touched, active, weights, lists, member, members
             )
             wait(barrier, members)
         row += 1
@@ -1284,13 +1389,11 @@ def _run(
 
 
 @_kernel
-def _too_many(op, arena, touched, lists, shared, member, members, barrier):
+def _too_many(op, arena, touched, lists, member, members, barrier):
     """Whether the scatter is left to a dense product; if so, its source is put into its sheet.
 
     With its border, which a trace shows: the padding trick is then left to the product too.
     """
-    if shared[FILLED]:
-        return True
     first, last = _share(lists[FOUND][0], member, members)
     inner = total(_count_inside(op, lists, first, last), barrier, member, members)
     if inner > op[DENSE]:
@@ -1319,7 +1422,7 @@ def _spread_out(op, arena, touched, lists, first, last):
 
 
 @_kernel
-def _shared(op, floats, arena, touched, active, weights, lists, shared, member, members):
+def _shared(op, floats, filled, arena, touched, active, weights, lists, member, members):
     """Operations that every thread does for its own pixels, or rows of the target."""
     kind = op[OP]
     if kind in (MAX_POOL, AVERAGE_POOL):
@@ -1335,7 +1438,7 @@ def _shared(op, floats, arena, touched, active, weights, lists, shared, member, 
         first, last = _share(op[S_H] * op[S_W], member, members)
         _ratio(op, floats, arena, touched, active, first, last)
         return
-    if kind == STORE and not shared[FILLED]:
+    if kind == STORE and not filled:
         first, last = _share(lists[FOUND][0], member, members)
         _store(op, arena, touched, lists, first, last)
         return

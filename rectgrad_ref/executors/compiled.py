@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from .cpu import (
     array_of,
     image_of,
     mark,
+    read,
     unwritten,
 )
 from .crew import Crew, processors
@@ -37,7 +37,8 @@ from .runner import Observer
 _KEPT = 2
 # Floats of all samples' arenas below which a walk back takes no longer than waking a thread.
 _WAKING = 2**19
-# Floats of one thread's arenas, so that they stay in its cache; but so many samples at least.
+# Floats of one thread's arenas, so that they stay in its cache; but so many samples at least, if
+# there are.
 _ARENAS, _SAMPLES = 2**19, 4
 
 _Chunk = Chunk[Program, Memory]
@@ -91,10 +92,8 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
         graph, program, dense = self.plan.graph, chunk.program, self.backend.dense
         result = np.empty(graph.shapes[graph.input] or (), np.float32)
         fitting = max(_SAMPLES, _ARENAS // program.arena_size)
-        turns = crew.size * -(-len(seed) // (fitting * crew.size))
-        ends = [len(seed) * i // turns for i in range(turns + 1)]
-        groups = [slice(*pair) for pair in pairwise(ends)]
-        most = -(-len(seed) // turns)
+        groups = list(_turns(len(seed), fitting, crew.size))
+        most = groups[0].stop
         arenas, touched = chunk.memory.arenas(program, crew.size * most)
         teams = [_Team(chunk, i, 1) for i in range(crew.size)]
         waiting = iter(groups)
@@ -105,10 +104,22 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
                 walk = _Walk(chunk, dense, group.start, arenas[own], touched[own])
                 walk.plant(seed[group])
                 teams[thread].run(walk, np.arange(len(walk.rows)), 0)
-                result[group] = walk.gradient(graph.input)
+                walk.read(graph.input, result[group])
 
         crew.map(work, range(crew.size))
         return result
+
+
+def _turns(samples: int, fitting: int, threads: int) -> Iterator[slice]:
+    """Groups of at most `fitting` samples, in rounds that get smaller, so that all end together."""
+    first = 0
+    while first < samples:
+        fair = -(-(samples - first) // threads)
+        size = min(fitting, max(-(-fair // 2), min(fair, _SAMPLES)))
+        last = min(first + threads * size, samples)
+        for begin in range(first, last, size):
+            yield slice(begin, min(begin + size, last))
+        first = last
 
 
 class _Walk(Walk[Program, Memory]):
@@ -149,6 +160,10 @@ class _Walk(Walk[Program, Memory]):
 
     def array(self, sheet: Sheet, shape: tuple[int, ...]) -> np.ndarray:
         return array_of(sheet, *self.sheets, shape)
+
+    def read(self, value: str, into: np.ndarray) -> None:
+        """R of a value, in the value's shape."""
+        read(self.program.sheets[value], *self.sheets, into)
 
     def _reference(self, step: Step) -> None:
         """A step that has no kernel, by its rule."""

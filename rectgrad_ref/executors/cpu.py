@@ -16,6 +16,7 @@ from ..graph import Node
 from ..kernels import cpu as k
 from ..kernels.simd import LANES
 from ..plan import Plan, Step
+from ..rules.window import Window
 from . import lowering, storage
 from .blocked import room_of
 from .lowering import Condition, Lowering, geometry, masks_border, renames
@@ -114,13 +115,14 @@ class Program(lowering.Program[Sheet]):
         key = (*sessions, shares)
         if key not in self._tables:
             table = self.table.copy()
-            offsets = self.active, self.baseline
-            for columns, begins, session in zip(_READING, offsets, sessions, strict=True):
+            for begins, session in zip((self.active, self.baseline), sessions, strict=True):
                 for name in session.blocked if session is not None else ():
-                    rows = table[:, columns[0]] == begins[name]
-                    table[np.ix_(rows, columns[1:])] = self._in_blocks(name)
+                    for columns in _READING:
+                        rows = table[:, columns[0]] == begins[name]
+                        table[np.ix_(rows, columns[1:])] = self._in_blocks(name)
             if shares:
-                table[:, k.B_LENGTH] = 0
+                at_baseline = np.isin(table[:, k.B_OFFSET], list(self.baseline.values()))
+                table[at_baseline, k.B_LENGTH] = 0
             self._tables[key] = table
         return self._tables[key]
 
@@ -216,16 +218,30 @@ class TableLowering(Lowering[Sheet, Program]):
         self.leaving[step.node.name] = self._empty(z)
         return self.leaving[step.node.name]
 
-    def reads(self, value: str) -> Columns:
+    def reads(self, value: str, columns: tuple[int, ...] = _READING[0]) -> Columns:
         """Where the value's activations lie, channels last."""
         channels, height, width = self.extents(value)
         place = self.activations(value), channels * height * width, channels, 1
-        return dict(zip(_READING[0], place, strict=True))
+        return dict(zip(columns, place, strict=True))
 
     # Operators.
 
     def activate(self, step: Step, condition: Condition, linear: Step | None) -> None:
-        sheet, reads = self.incoming(step), self.reads(step.node.outputs[0])
+        sheet, value = self.incoming(step), step.node.outputs[0]
+        # A trace shows what arrives, so that nothing may be cleared where it lies.
+        limit = {k.DENSE: NEVER} if self.trace else _limit(sheet, linear)
+        self._emit_activation(value, condition, limit)
+        self.emit(k.LIST, sheet.source)
+        if linear is None or self.trace:
+            self.emit(k.STORE, sheet.source, self.leaves(step).target)
+        else:
+            # Should it be too much for the scatter, the layer's own sheet holds it.
+            self.name(step.node.inputs[0], sheet)
+        if linear is not None:
+            self.scatter(linear)
+            self.finished(linear)
+
+    def _emit_activation(self, value: str, condition: Condition, limit: Columns) -> None:
         low, high = condition.ranks
         columns = {
             k.MODE: condition.mode,
@@ -239,17 +255,8 @@ class TableLowering(Lowering[Sheet, Program]):
             k.TAU: condition.tau,
             k.FRACTION: condition.fraction,
         }
-        # A trace shows what arrives, so that nothing may be cleared where it lies.
-        limit = {k.DENSE: NEVER} if self.trace else _limit(sheet, linear)
-        self.emit(k.ACTIVATE, sheet.source, reads, columns, limit, numbers=numbers)
-        if linear is None or self.trace:
-            self.emit(k.STORE, sheet.source, self.leaves(step).target)
-        else:
-            # Should it be too much for the scatter, the layer's own sheet holds it.
-            self.name(step.node.inputs[0], sheet)
-        if linear is not None:
-            self.scatter(linear)
-            self.finished(linear)
+        source, reads = self.sheets[value].source, self.reads(value)
+        self.emit(k.ACTIVATE, source, reads, columns, limit, numbers=numbers)
 
     def multiply(self, step: Step, mode: int, eps: float) -> None:
         z, sheet = step.node.inputs[0], self.incoming(step)
@@ -269,6 +276,7 @@ class TableLowering(Lowering[Sheet, Program]):
     def transpose(self, step: Step) -> None:
         sheet = self.incoming(step)
         self.emit(k.COMPACT, sheet.source, _limit(sheet, step))
+        self.emit(k.LIST, sheet.source)
         self.scatter(step)
 
     def scatter(self, step: Step) -> None:
@@ -305,6 +313,39 @@ class TableLowering(Lowering[Sheet, Program]):
         self.emit(k.SCALE, source.source, target.target, {k.W_OFFSET: factor})
 
     def to_maximum(self, step: Step) -> None:
+        if not self._activates_maxima(step):
+            self._to_maximum(step)
+
+    def _activates_maxima(self, pool: Step) -> bool:
+        """Ask the activation whose output is pooled about the maxima alone; see `kernels.cpu`.
+
+        Returns whether kernels can, with all that comes before the activation.
+        """
+        node = pool.node
+        value = node.inputs[0]
+        step = self.step_of.get(value)
+        if step is None or not self.takes_over(value) or not _are_apart(node):
+            return False
+        condition, linear = self.condition_of(step), self.linear_before(step)
+        if condition is None or linear is None or self.extents(value)[0] % LANES:
+            return False
+        z = step.node.inputs[0]
+        self.name(z, self._empty(z))
+        source, target = self.incoming(pool), self.sheets[z]
+        window = _window(node, self.extents(value)) | {k.C_LAST: target.channels}
+        zeros = target.pixels * target.channels - source.pixels * source.channels
+        # Where the maxima lie, and whether on the border, is seen later.
+        limit = _limit(target, linear) | {k.BORDER: 0, k.ZEROS: zeros}
+        self._emit_activation(node.outputs[0], condition, limit)
+        reads = self.reads(value) | self.reads(node.outputs[0], _READING[1])
+        self.emit(k.UNPOOL, source.source, target.target, window, reads)
+        self.finished(pool)
+        self.finished(step)
+        self.scatter(linear)
+        self.finished(linear)
+        return True
+
+    def _to_maximum(self, step: Step) -> None:
         node, channel = step.node, 0
         source, target = self.incoming(step), self.sheet(node.inputs[0])
         window = _window(node, self.extents(node.inputs[0]))
@@ -336,6 +377,21 @@ class TableLowering(Lowering[Sheet, Program]):
             k.PADDED_W: padded[1],
         }
         self.emit(k.AVERAGE_POOL, source.source, target.target, columns)
+
+
+def _are_apart(pool: Node) -> bool:
+    """Whether the windows of a pool do not overlap, and each begins at a cell of its own."""
+    window = Window.of(pool)
+    axes = zip(
+        window.input, window.output, window.kernel_shape, window.strides, window.dilations,
+        window.pads, strict=False,
+    )  # fmt: skip
+    return all(
+        pad == 0
+        and (cells - 1) * stride < extent
+        and (cells == 1 or (kernel - 1) * dilation < stride)
+        for extent, cells, kernel, stride, dilation, pad in axes
+    )
 
 
 def _limit(sheet: Sheet, step: Step | None) -> Columns:
@@ -421,10 +477,16 @@ def array_of(
     sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
     """A copy of one sheet of all samples, in the value's own shape and axis order."""
-    result = np.empty((len(arenas), sheet.channels, sheet.pixels), np.float32)
-    begin, marks = sheet.storage.offset + sheet.first, sheet.storage.touched
-    k.read(arenas, touched, begin, sheet.stride, marks, result)
+    result = np.empty((len(arenas), sheet.channels * sheet.pixels), np.float32)
+    read(sheet, arenas, touched, result)
     return result.reshape(shape)
+
+
+def read(sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, into: np.ndarray) -> None:
+    """The same into an array (N, …), without gaps."""
+    begin, marks = sheet.storage.offset + sheet.first, sheet.storage.touched
+    result = into.reshape(len(arenas), sheet.channels, sheet.pixels)
+    k.read(arenas, touched, begin, sheet.stride, marks, result)
 
 
 def add_array(sheet: Sheet, arenas: np.ndarray, touched: np.ndarray, value: np.ndarray) -> None:

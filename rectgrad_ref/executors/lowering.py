@@ -153,6 +153,7 @@ class Lowering(ABC, Generic[S, P]):
         self.active: dict[str, int] = {}
         self.baseline: dict[str, int] = {}
         self.runs_as: dict[str, str] = {}
+        self._finished: set[str] = set()
 
     @abstractmethod
     def program(self) -> P:
@@ -177,10 +178,11 @@ class Lowering(ABC, Generic[S, P]):
         self.finished(step)
 
     def finished(self, step: Step) -> None:
-        """The gradient at the node's outputs is no longer needed."""
+        """The gradient at the node's outputs is no longer needed; a handler may know it early."""
         self.runs_as.setdefault(step.node.name, self.executor)
         for value in step.node.outputs:
-            if value in self.sheets:
+            if value in self.sheets and value not in self._finished:
+                self._finished.add(value)
                 self.release(self.sheets[value])
 
     # Values: which sheet holds a gradient, and where activations and weights lie.
@@ -269,14 +271,22 @@ class Lowering(ABC, Generic[S, P]):
     # Operators. Each handler says whether kernels could express the step; the rest is a backend's.
 
     def activation(self, step: Step) -> bool:
-        condition = passing(step, self.batch)
+        condition = self.condition_of(step)
         if condition is None:
             return self.ratio(step)
+        self.activate(step, condition, self.linear_before(step))
+        return True
+
+    def condition_of(self, step: Step) -> Condition | None:
+        """What passes the step, if it is an activation of which kernels can say it."""
+        known = handler_of(step, self.batch) is Lowering.activation
+        return passing(step, self.batch) if known else None
+
+    def linear_before(self, step: Step) -> Step | None:
+        """The transpose that alone takes what passes an activation, if kernels know it."""
         z = step.node.inputs[0]
         before = self.step_of.get(z) if self.readers[z] == 1 else None
-        linear = before if before and scatters(before, self.batch) else None
-        self.activate(step, condition, linear)
-        return True
+        return before if before and scatters(before, self.batch) else None
 
     @abstractmethod
     def activate(self, step: Step, condition: Condition, linear: Step | None) -> None:

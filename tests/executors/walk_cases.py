@@ -220,6 +220,27 @@ NETS = {
         """,
         {"w1": (16, 9, 3, 3), "b1": (16,), "w2": (16, 5), "b2": (5,)},
     ),
+    "pools of activations": Net(
+        (3, 15, 13),
+        """
+        c1 = Conv<pads=[1,1,1,1]>(x, w1, b1)
+        r1 = Relu(c1)
+        p1 = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r1)
+        c2 = Conv<pads=[1,1,1,1]>(p1, w2, b2)
+        r2 = Clip(c2, low, high)
+        p2 = MaxPool<kernel_shape=[1,2], strides=[2,3], ceil_mode=1>(r2)
+        c3 = Conv<pads=[1,1,1,1]>(p2, w3, b1)
+        r3 = Relu(c3)
+        p3 = MaxPool<kernel_shape=[4,2]>(r3)
+        f = Flatten(p3)
+        y = Gemm(f, w4, b4)
+        """,
+        {
+            "w1": (16, 3, 3, 3), "b1": (16,), "w2": (32, 16, 3, 3), "b2": (32,),
+            "w3": (16, 32, 3, 3), "w4": (16, 5), "b4": (5,),
+            "low": np.array(0, np.float32), "high": np.array(0.5, np.float32),
+        },
+    ),
     "an input of several readers": Net(
         (3, 8, 8),
         """

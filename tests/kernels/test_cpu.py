@@ -184,7 +184,7 @@ def scattered(
     members: int = 1,
     dense: int = NEVER,
 ) -> Array:
-    """What the target's sheet holds, if it held `before`, after a COMPACT and a SCATTER."""
+    """What the target's sheet holds, if it held `before`, after COMPACT, LIST and SCATTER."""
     bench = Bench()
     source = bench.put(R, before=around[0], after=around[1])
     shape = node.input_shapes[0][1:]
@@ -192,10 +192,11 @@ def scattered(
     geometry = window_columns(node) | {k.GROUP: node["group"], k.BORDER: int(border)}
     rows = (
         (k.COMPACT, source.source | {k.DENSE: NEVER}, {}),
+        (k.LIST, source.source, {}),
         (k.SCATTER, source.source | target.target | geometry | {k.DENSE: dense}, {}),
     )
     weights = np.ascontiguousarray(W.transpose(0, 2, 3, 1)).ravel()
-    assert bench.run(*rows, weights=weights, members=members)[0] == 2
+    assert bench.run(*rows, weights=weights, members=members)[0] == 3
     return bench.get(target)
 
 
@@ -295,10 +296,11 @@ def test_a_scatter_of_too_many_is_left_undone(border: bool, listed: bool, member
     geometry = window_columns(node) | {k.GROUP: 1, k.BORDER: int(border), k.DENSE: count - 1}
     rows = (
         (k.COMPACT, source.source | {k.DENSE: NEVER if listed else count - 1}, {}),
+        (k.LIST, source.source, {}),
         (k.SCATTER, source.source | target.target | geometry, {}),
         (k.STOP, {}, {}),
     )
-    assert bench.run(*rows, weights=EMPTY, members=members)[0] == 1
+    assert bench.run(*rows, weights=EMPTY, members=members)[0] == 2
     np.testing.assert_array_equal(bench.get(source), R)
     assert bench.marks(source).all()
     assert not bench.marks(target).any()
@@ -472,7 +474,7 @@ def passed(
     around: tuple[int, int] = (0, 0),
     dense: int = NEVER,
 ) -> tuple[Array, float]:
-    """What ACTIVATE and STORE leave in an untouched sheet, and the threshold that was found.
+    """What ACTIVATE, LIST and STORE leave in an untouched sheet, and the threshold that was found.
 
     The same in whichever order the activations lie.
     """
@@ -501,6 +503,7 @@ def _passed(
     target = bench.sheet(R.shape)
     rows = (
         (k.ACTIVATE, source.source | columns, {k.CEILING: np.nan, **numbers}),
+        (k.LIST, source.source, {}),
         (k.STORE, source.source | target.target, {}),
     )
     active = np.concatenate([np.full(3, np.nan, np.float32), active])
@@ -661,6 +664,79 @@ def test_without_a_ceiling_infinite_activations_pass(mode: int, dense: int) -> N
     np.testing.assert_array_equal(found, np.where(PASSING[mode](a, R), R, 0))
 
 
+@st.composite
+def separate_pools(draw: st.DrawFn) -> tuple[Node, np.random.Generator]:
+    """Windows that do not overlap, perhaps with gaps between them, or cut off at the end."""
+    kernel = [draw(st.integers(1, 3)) for _ in range(2)]
+    dilations = [draw(st.sampled_from([1, 1, 2])) for _ in range(2)]
+    reaches = [(n - 1) * d + 1 for n, d in zip(kernel, dilations, strict=True)]
+    window: dict[str, Any] = {
+        "kernel_shape": kernel,
+        "dilations": dilations,
+        "strides": [n + draw(st.integers(0, 1)) for n in reaches],
+        "ceil_mode": draw(st.integers(0, 1)),
+    }
+    spatial = [n + draw(st.integers(0, 7)) for n in reaches]
+    X = np.zeros((1, draw(st.sampled_from([16, 48])), *spatial), np.float32)
+    return node_of(Case("MaxPool", (X,), window)), draw(generators())
+
+
+@pytest.mark.parametrize("mode", [*SCORES, *PASSING])
+@settings(quick, max_examples=40)
+@given(
+    separate_pools(),
+    st.sampled_from(list(KINDS.keys() - {"infinite"})),
+    st.sampled_from([0.0, 30.0, 80.0, 95.0, 99.0]),
+    st.sampled_from([0.0, -1.0, 1.0]),
+    st.sampled_from([0, 40, NEVER]),
+    st.booleans(),
+    st.sampled_from(TEAMS),
+)
+def test_an_activation_before_a_pool_is_asked_about_maxima(
+    mode: int,
+    pool: tuple[Node, np.random.Generator],
+    kind: str,
+    q: float,
+    guess: float,
+    dense: int,
+    blocked: bool,
+    members: int,
+) -> None:
+    """As if the pool came first, and the activation saw all units; whether or not it is a list."""
+    node, rng = pool
+    shape, maxima = node.input_shapes[0][1:], node.output_shapes[0][1:]
+    a = KINDS[kind](rng, shape)[0].astype(np.float32)
+    R = KINDS[kind](rng, maxima)[1].astype(np.float32)
+    y = _maxima(node, a)
+    arrives = _applied(MaxPoolBackward("first"), node, R, {"x": a[None], "y": y})
+    if mode in PASSING:
+        mask, numbers, columns = PASSING[mode](a, arrives), {}, {}
+    else:
+        rule = Rectify(score=SCORES[mode], q=q, eps=0.5)
+        mask, tau = (part[0] for part in rule.select(a[None], arrives[None], 1))
+        columns, numbers = rank_columns(a.size, q, rule.percentile)
+    bench = Bench()
+    source = bench.put(R, before=2, after=1)
+    target, stored = bench.sheet(shape), bench.sheet(shape)
+    first, layout = laid_out(y[0], blocked=blocked)
+    second, behind = laid_out(a, blocked=blocked)
+    pooled = window_columns(node) | {k.C_LAST: shape[0], k.A_OFFSET: first.size} | behind
+    pooled |= {k.B_STRIDE: layout[k.A_STRIDE], k.B_STEP: layout[k.A_STEP]}
+    columns |= {k.MODE: mode, k.DENSE: dense, k.ZEROS: a.size - R.size} | layout
+    numbers |= {k.CEILING: np.nan, k.EPS: 0.5, k.GUESS: guess}
+    rows = (
+        (k.ACTIVATE, source.source | columns, numbers),
+        (k.UNPOOL, source.source | target.target | pooled, {}),
+        (k.STORE, target.source | stored.target, {}),
+    )
+    _, shared = bench.run(*rows, active=np.concatenate([first, second]), members=members)
+    np.testing.assert_array_equal(bench.get(stored), np.where(mask, arrives, 0))
+    marks = bench.marks(target)
+    assert marks.all() or not marks.any(), "a dense product would read what was never cleared"
+    if mode in SCORES:
+        assert shared[k.THRESHOLD] == tau
+
+
 @settings(quick, max_examples=60)
 @given(st.integers(1, 300), st.integers(0, 299), st.sampled_from([1, 3, 10**6]), generators())
 def test_nth_largest(n: int, index: int, distinct: int, rng: np.random.Generator) -> None:
@@ -729,6 +805,7 @@ def test_store_adds_to_what_is_there(dense: int) -> None:
     source, target = bench.put(x), bench.put(before)
     rows = (
         (k.COMPACT, source.source | {k.DENSE: dense}, {}),
+        (k.LIST, source.source, {}),
         (k.STORE, source.source | target.target, {}),
     )
     bench.run(*rows)
