@@ -28,7 +28,7 @@ from .cpu import (
 )
 from .crew import Crew, processors
 from .dense import DenseTransposes
-from .lowered import Chunk, LoweredBackend, LoweredRunner, Walk
+from .lowered import Chunk, LoweredBackend, LoweredRunner, Walk, by_image_size
 from .lowering import masks_border
 from .memory import Memory
 from .runner import Observer
@@ -50,7 +50,7 @@ class CompiledBackend(LoweredBackend[Program, Memory]):
     def __init__(self, forward: OnnxruntimeForward, threads: int | None) -> None:
         super().__init__(forward, TableLowering)
         self.threads = threads or processors()
-        self.dense = DenseTransposes()
+        self.dense = by_image_size(DenseTransposes)
         self._memories: deque[Memory] = deque(maxlen=_KEPT)
 
     def _runner(self, plan: Plan) -> CompiledRunner:
@@ -79,7 +79,7 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
             if observe is None and not chunk.program.by_rule and len(seed) >= crew.size:
                 return self._in_turns(chunk, seed, crew)
             arenas = chunk.memory.arenas(chunk.program, len(seed))
-            walk = _Walk(chunk, self.backend.dense, 0, *arenas)
+            walk = _Walk(chunk, self.backend.dense(self.plan.graph), 0, *arenas)
             walk.plant(seed)
             walk.finish(crew)
         return walk.result(observe)
@@ -89,7 +89,8 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
 
         So these stay in its cache; those of a whole chunk would be cold when their turn comes.
         """
-        graph, program, dense = self.plan.graph, chunk.program, self.backend.dense
+        graph, program = self.plan.graph, chunk.program
+        dense = self.backend.dense(graph)
         result = np.empty(graph.shapes[graph.input] or (), np.float32)
         fitting = max(_SAMPLES, _ARENAS // program.arena_size)
         groups = list(_turns(len(seed), fitting, crew.size))

@@ -37,7 +37,7 @@ _PHASED = 16
 
 
 class DenseTransposes:
-    """The transposes of one model's convolutions, each built when it is first needed.
+    """The transposes of one model's convolutions at one size of the image, each made on demand.
 
     The sessions have no threads of their own, of which a hundred sessions would have too many.
     """

@@ -30,7 +30,7 @@ from .cuda import (
 )
 from .dense import axis_phases, exchanged, left_over
 from .device import Device, DeviceArray, DeviceForward, Place, Session
-from .lowered import Chunk, LoweredBackend, LoweredRunner, ProgramMemory, Walk
+from .lowered import Chunk, LoweredBackend, LoweredRunner, ProgramMemory, Walk, by_image_size
 from .runner import Observer
 
 # Whether a walk is recorded as a CUDA graph when it is first repeated (to be measured).
@@ -38,7 +38,7 @@ RECORD = False
 
 
 class Products:
-    """The dense transposes of one model's convolutions, each built when it is first needed."""
+    """The dense transposes of one model's convolutions at one size of the image, made on demand."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -146,7 +146,7 @@ class CudaBackend(LoweredBackend[Program, Memory]):
     def __init__(self, forward: DeviceForward) -> None:
         super().__init__(forward, LaunchLowering)
         self.device, self.memory = forward.device, Memory(forward.device)
-        self.products = Products(forward.device)
+        self.products = by_image_size(lambda: Products(forward.device))
         self._lock = Lock()
 
     def _runner(self, plan: Plan) -> CudaRunner:
@@ -193,7 +193,8 @@ class CudaRunner(LoweredRunner[Program, Memory]):
             return _Launches(device, arrays, items, shared)
         (item,) = items
         if isinstance(item, Product):
-            return lambda walk: self.backend.products(item, arrays["arena"])
+            graph = self.plan.graph
+            return lambda walk: self.backend.products(graph)(item, arrays["arena"])
         assert isinstance(item, HostStep)
         return lambda walk: walk.reference(item)
 

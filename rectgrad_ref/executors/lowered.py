@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ..forward import OnnxruntimeForward, Places
+from ..graph import Graph
 from ..plan import Plan, Step
 from ..reference import NOTHING
 from ..rules.declared import Call, Values
@@ -20,6 +21,24 @@ from .crew import at_fork
 from .lowering import Lowering, P, is_lowerable
 from .runner import Observer, Runner, SeedOf, StepwiseRunner, asked, constants_of, layers_of
 from .storage import NoWeights, WeightStore
+
+# Sizes of images for which a backend keeps its dense products, that is, all weights once more.
+_SIZES = 4
+
+T = TypeVar("T")
+
+
+def by_image_size(make: Callable[[], T]) -> Callable[[Graph], T]:
+    """What `make` makes, once for each size of a graph's input; of the last few sizes."""
+
+    @lru_cache(_SIZES)
+    def made(size: tuple[int, ...]) -> T:
+        return make()
+
+    def of(graph: Graph) -> T:
+        return made((graph.shapes[graph.input] or ())[1:])
+
+    return of
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from walk_cases import (
     OnNumpy,
     both_sides,
     check_every_step,
+    check_several_sizes,
     out_of_blocks,
     plan_of,
     seed_of,
@@ -32,7 +33,7 @@ from walk_cases import (
 
 from rectgrad_ref import Explainer
 from rectgrad_ref.errors import InvalidImage
-from rectgrad_ref.executors import compiled
+from rectgrad_ref.executors import compiled, lowered
 from rectgrad_ref.executors import cpu as lowering
 from rectgrad_ref.executors.blocked import BlockedForward
 from rectgrad_ref.executors.compiled import CompiledBackend, CompiledRunner
@@ -207,6 +208,17 @@ def test_identities(
 
 
 # --- through the front door -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [1, 4])
+@pytest.mark.parametrize("density", [0.0, 0.2])
+def test_images_of_several_sizes(
+    density: float, sizes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense products belong to one size, and are forgotten when there are too many."""
+    monkeypatch.setattr(lowering, "DENSITY", density)
+    monkeypatch.setattr(lowered, "_SIZES", sizes)
+    check_several_sizes("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from walk_cases import (
     OnNumpy,
     both_sides,
     check_every_step,
+    check_several_sizes,
     plan_of,
     seed_of,
     walked,
@@ -212,6 +213,10 @@ def test_explanations_are_those_of_the_reference(method: str) -> None:
     scale = np.abs(expected.values).max()
     np.testing.assert_allclose(found.values, expected.values, rtol=0, atol=1e-5 * scale)
     assert found.environment["backend"] == "cuda"
+
+
+def test_images_of_several_sizes() -> None:
+    check_several_sizes("cuda")
 
 
 def test_calls_from_several_threads_take_turns() -> None:

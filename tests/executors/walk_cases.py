@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from helpers import model
 
+from rectgrad_ref import Explainer
 from rectgrad_ref.executors.lowered import Walk
 from rectgrad_ref.executors.runner import Runner, SeedOf
 from rectgrad_ref.forward import LoadedModel, NumpyForward, Places
@@ -354,6 +355,39 @@ NETS = {
         scores="1, 1, K",
     ),
 }  # fmt: skip
+
+
+def of_any_size() -> onnx.ModelProto:
+    """A network for images of any height and width, with a transpose of every kind."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 8, 3, 3), "w4": (5, 16, 1, 1)}
+    return model(
+        """(float[N, 3, H, W] x) => (float[N, 5] y) {
+            c1 = Conv<pads=[1,1,1,1]>(x, w1)
+            r1 = Relu(c1)
+            c2 = Conv<pads=[1,1,1,1], strides=[2,2]>(r1, w2)
+            r2 = Relu(c2)
+            c3 = Conv<dilations=[2,2], strides=[1,2], group=2>(r2, w3)
+            r3 = Relu(c3)
+            c4 = Conv(r3, w4)
+            p = GlobalAveragePool(c4)
+            y = Flatten(p)
+        }""",
+        constants={name: _weight(rng, name, shape) for name, shape in shapes.items()},
+    )
+
+
+def check_several_sizes(backend: str) -> None:
+    """One explainer sees images of several sizes, some of them again."""
+    explainer = Explainer(of_any_size(), backend=backend, layout="NCHW")
+    reference = Explainer(of_any_size(), backend="reference", layout="NCHW")
+    rng = np.random.default_rng(1)
+    for size in ((16, 16), (23, 16), (16, 16), (12, 12), (16, 21), (23, 16), (14, 15), (12, 12)):
+        x = rng.standard_normal((1, 3, *size)).astype(np.float32)
+        found, expected = (e.explain(x, method="saliency").values for e in (explainer, reference))
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale, err_msg=str(size))
+
 
 METHODS: dict[str, Method] = {
     "q = 0": make_method("rectgrad", q=0.0),
