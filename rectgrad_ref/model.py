@@ -220,7 +220,7 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
 
     sizes: dict[Path, int] = {}
     loaded = 0
-    for tensor in _all_tensors(proto):
+    for tensor in all_tensors(proto):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         try:
@@ -268,7 +268,7 @@ def _load_external_data(proto: onnx.ModelProto, name: str, folder: Path | None) 
         del tensor.external_data[:]
 
 
-def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Initializers and attributes, also of functions and sub-graphs."""
     yield from _tensors(proto.graph)
     for function in proto.functions:

@@ -25,6 +25,7 @@ from ..errors import RectGradWarning
 from ..forward import LoadedModel, OnnxruntimeForward, import_onnxruntime
 from ..graph import Graph
 from ..kernels.simd import LANES
+from ..model import all_tensors
 from .storage import aligned
 
 _DOMAIN = "com.microsoft.nchwc"
@@ -60,25 +61,27 @@ class BlockedForward(OnnxruntimeForward):
 
     def _loaded(self, data: bytes, graph: Graph, placed: tuple[str, ...]) -> LoadedModel:
         images = [name for name in placed if len(graph.shapes[name] or ()) == 4]
-        if not images:
-            return super()._loaded(data, graph, placed)
         try:
-            if _block() != LANES:
-                return super()._loaded(data, graph, placed)
-            with TemporaryDirectory(prefix="rectgrad-") as folder:
-                model, weights = self._optimised(data, Path(folder))
+            in_blocks = self._in_blocks(data, images) if images else None
         except Exception as error:  # onnxruntime's exceptions have no common base class
             loaded = super()._loaded(data, graph, placed)  # is it the model?
             warnings.warn(
-                f"explaining takes longer than it could, because onnxruntime cannot write "
-                f"{graph.model.name} to the folder for temporary files ({error}); TMPDIR names "
-                "another",
+                f"explaining {graph.model.name} takes longer than it could, because what "
+                "onnxruntime makes of it cannot be written to a temporary folder and read again: "
+                f"{error}. TMPDIR names another folder",
                 RectGradWarning,
                 stacklevel=2,
             )
             return loaded
-        blocked = _hand_over_blocks(model, images)
-        options = self._options()
+        return in_blocks or super()._loaded(data, graph, placed)
+
+    def _in_blocks(self, data: bytes, images: Sequence[str]) -> LoadedModel | None:
+        """A session that leaves `images` in blocks; None where they are not of sixteen channels."""
+        if _block() != LANES:
+            return None
+        with TemporaryDirectory(prefix="rectgrad-") as folder:
+            model, weights = self._optimised(data, Path(folder))
+        blocked, options = _hand_over_blocks(model, images), self._options()
         options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         _lend(options, model, weights)
         return LoadedModel(self._inference(model.SerializeToString(), options), blocked, weights)
@@ -113,6 +116,7 @@ def _hand_over_blocks(model: onnx.ModelProto, images: Sequence[str]) -> dict[str
         if node is not None:
             sources.setdefault(node.input[0], name)
     dropped = {_last(name) for name in sources.values()}
+    # By the model itself: it may transpose the same value, which is then done once for both.
     read = {value for node in graph.node for value in node.input}
     nodes = [node for node in graph.node if node.output[0] not in dropped - read]
     outputs = [value for value in graph.output if value.name not in dropped]
@@ -125,19 +129,27 @@ def _hand_over_blocks(model: onnx.ModelProto, images: Sequence[str]) -> dict[str
 
 
 def _lend(options: Any, model: onnx.ModelProto, weights: np.ndarray) -> None:
-    """Let a session read what the model says is in a file from memory."""
-    runtime = import_onnxruntime()
-    names: list[str] = []
-    values: list[Any] = []
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            where = ExternalDataInfo(tensor)
-            assert where.offset is not None and where.length is not None
-            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            part = weights[where.offset : where.offset + where.length].view(dtype)
-            names.append(tensor.name)
-            values.append(runtime.OrtValue.ortvalue_from_numpy(part.reshape(tuple(tensor.dims))))
-    options.add_external_initializers(names, values)
+    """Let a session read what the model says is in a file from memory.
+
+    As arrays can be lent only those of the graph itself that have whole bytes for each number:
+    others are put into the model.
+    """
+    names = {tensor.name for tensor in model.graph.initializer}
+    lent: dict[str, Any] = {}
+    for tensor in filter(uses_external_data, all_tensors(model)):
+        where = ExternalDataInfo(tensor)
+        assert where.offset is not None and where.length is not None
+        part = weights[where.offset : where.offset + where.length]
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        whole = prod(tensor.dims) * dtype.itemsize == where.length
+        if tensor.name in names and tensor.name not in lent and whole:
+            array = part.view(dtype).reshape(tuple(tensor.dims))
+            lent[tensor.name] = import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
+        else:
+            tensor.raw_data = part.tobytes()
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+    options.add_external_initializers(list(lent), list(lent.values()))
 
 
 def _writing(options: Any, path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import float32, model
+from onnx import helper, numpy_helper
 from walk_cases import out_of_blocks
 
 from rectgrad_ref.errors import RectGradWarning
@@ -189,3 +190,69 @@ def test_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not session_of(places).blocked
     expected = forward_of(NET, OnnxruntimeForward)(graph, X, ["relu1"])["relu1"]
     np.testing.assert_array_equal(read(graph, places, "relu1"), expected)
+
+
+def with_a_loop() -> onnx.ModelProto:
+    """NET, whose features pass twice through a matrix that belongs to a sub-graph."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(NET)
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes_on"], ["still_goes_on"]),
+            helper.make_node("MatMul", ["state", "inner"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("goes_on", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", onnx.TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("still_goes_on", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", onnx.TensorProto.FLOAT, None),
+        ],
+        [numpy_helper.from_array(float32(20, 20), "inner")],
+    )
+    proto.graph.node[-1].output[0] = "flat"
+    proto.graph.node.append(helper.make_node("Loop", ["n", "yes", "flat"], ["logits"], body=body))
+    proto.graph.initializer.extend(
+        [numpy_helper.from_array(np.array(2), "n"), numpy_helper.from_array(np.array(True), "yes")]
+    )
+    return proto
+
+
+def with_half_bytes() -> onnx.ModelProto:
+    """NET, with a matrix of numbers of four bits."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(NET)
+    proto.ir_version = 10
+    proto.opset_import[0].version = 21
+    numbers = np.random.default_rng(0).integers(-8, 8, (120, 20))
+    proto.graph.node[-1].output[0] = "flat"
+    proto.graph.node.extend(
+        [
+            helper.make_node("DequantizeLinear", ["int4", "scale"], ["matrix"]),
+            helper.make_node("Gemm", ["flat", "matrix"], ["logits"], transB=1),
+        ]
+    )
+    proto.graph.initializer.extend(
+        [
+            helper.make_tensor("int4", onnx.TensorProto.INT4, numbers.shape, numbers.ravel()),
+            numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
+        ]
+    )
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 120
+    return proto
+
+
+@in_blocks
+@pytest.mark.parametrize("make", [with_a_loop, with_half_bytes])
+def test_weights_that_cannot_be_lent(make: Callable[[], onnx.ModelProto]) -> None:
+    """Of more than a kilobyte, so that onnxruntime writes them to the file of weights too."""
+    proto = make()
+    graph = frozen(proto, *X.shape)
+    places = places_for(graph, IMAGES)
+    found = forward_of(proto)(graph, X, ["logits"], places)
+    assert session_of(places).blocked
+    expected = forward_of(proto, OnnxruntimeForward)(graph, X, ["logits"])
+    np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
