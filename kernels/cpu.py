@@ -58,8 +58,9 @@ FRACTION, TAU, EPS, CEILING, GUESS, FLOATS = range(6)
 # What an activation lets pass, from its output a and the gradient r that arrives.
 PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = range(6)
 
-# What a gradient is multiplied by at a Relu: of its output to its input with ε added to the latter
-# away from 0, or of the differences of both from those at a baseline.
+# What a gradient is multiplied by at a Relu: the ratio of its output to its input with ε added to
+# the latter away from 0, which is the same if the output is given for the input; or that of the
+# differences of both from those at a baseline.
 BY_EPSILON, BY_DIFFERENCE = range(2)
 
 # Shared words of a team: the threshold or its bound, whether it is final, and the last τ.

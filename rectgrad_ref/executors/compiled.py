@@ -40,6 +40,9 @@ _WAKING = 2**19
 # Floats of one thread's arenas, so that they stay in its cache; but so many samples at least, if
 # there are.
 _ARENAS, _SAMPLES = 2**19, 4
+# Floats of a dense product's result from which on each sample has one of its own, which is written
+# where it belongs: to copy it takes longer than another call.
+_ALONE = 2**18
 
 _Chunk = Chunk[Program, Memory]
 
@@ -226,13 +229,15 @@ class _Team:
         transpose, sheet = walk.dense(node, member, self.members), sheets[node.inputs[0]]
         if transpose is None:
             return
-        R = image_of(sheets[node.outputs[0]], *walk.sheets, samples)
-        if masks_border(step):
-            R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
-        place = unwritten(sheet, *walk.sheets, samples, transpose.rows)
-        result = transpose(R, partial(self.scratch.room, member), place)
-        if place is None:
-            add_image(sheet, *walk.sheets, result, samples, transpose.rows)
+        alone = sheet.pixels * sheet.channels >= _ALONE
+        for part in np.split(samples, len(samples)) if alone else [samples]:
+            R = image_of(sheets[node.outputs[0]], *walk.sheets, part)
+            if masks_border(step):
+                R = np.moveaxis(mask_border(np.moveaxis(R, -1, 1)), 1, -1)
+            place = unwritten(sheet, *walk.sheets, part, transpose.rows)
+            result = transpose(R, partial(self.scratch.room, member), place)
+            if place is None:
+                add_image(sheet, *walk.sheets, result, part, transpose.rows)
 
     def _advance(self, walk: _Walk, samples: np.ndarray, member: int) -> None:
         chunk, scratch = self.chunk, self.scratch

@@ -258,20 +258,20 @@ class TableLowering(Lowering[Sheet, Program]):
         source, reads = self.sheets[value].source, self.reads(value)
         self.emit(k.ACTIVATE, source, reads, columns, limit, numbers=numbers)
 
-    def multiply(self, step: Step, mode: int, eps: float) -> None:
-        z, sheet = step.node.inputs[0], self.incoming(step)
+    def multiply(self, step: Step, value: str, mode: int, eps: float) -> None:
+        sheet = self.incoming(step)
         if self.trace:
             # What arrives is shown too.
             shown = self.leaves(step)
             self.emit(k.ADD, sheet.source, shown.target)
             sheet = shown
-        columns = self.reads(z) | {k.MODE: mode}
+        columns = self.reads(value) | {k.MODE: mode}
         if mode == k.BY_DIFFERENCE:
-            there = self.at_baseline(z), *(columns[c] for c in _READING[0][1:])
+            there = self.at_baseline(value), *(columns[c] for c in _READING[0][1:])
             columns |= dict(zip(_READING[1], there, strict=True))
         self.emit(k.RATIO, sheet.source, columns, numbers={k.EPS: eps})
         if not self.trace:
-            self.pass_on(z, sheet)
+            self.pass_on(step.node.inputs[0], sheet)
 
     def transpose(self, step: Step) -> None:
         sheet = self.incoming(step)

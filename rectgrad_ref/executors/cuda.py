@@ -341,10 +341,9 @@ class LaunchLowering(Lowering[Sheet, Program]):
             self.listed(linear, source, active, condition)
             self.finished(linear)
 
-    def multiply(self, step: Step, mode: int, eps: float) -> None:
-        source, z = self.incoming(step), step.node.inputs[0]
-        begin = self.activations(z)
-        baseline = self.at_baseline(z) if mode == modes.BY_DIFFERENCE else 0
+    def multiply(self, step: Step, value: str, mode: int, eps: float) -> None:
+        source, begin = self.incoming(step), self.activations(value)
+        baseline = self.at_baseline(value) if mode == modes.BY_DIFFERENCE else 0
         target, adds = self.passed(step, source.bound)
         self.by_unit(
             "ratio", source.units, "arena", *source.place, "active", begin, baseline,

@@ -303,13 +303,17 @@ class Lowering(ABC, Generic[S, P]):
         rule = step.rule
         if step.node.op != "Relu" or not isinstance(rule, (EpsilonRatio, Rescale)):
             return False
-        by_difference = isinstance(rule, Rescale)
-        self.multiply(step, k.BY_DIFFERENCE if by_difference else k.BY_EPSILON, rule.eps)
+        if isinstance(rule, Rescale):
+            self.multiply(step, step.node.inputs[0], k.BY_DIFFERENCE, rule.eps)
+        else:
+            # a / (z + ε·sign z) is a / (a + ε), as a is z, or 0. To hand z over, onnxruntime would
+            # have to compute Conv and Relu one after the other.
+            self.multiply(step, step.node.outputs[0], k.BY_EPSILON, rule.eps)
         return True
 
     @abstractmethod
-    def multiply(self, step: Step, mode: int, eps: float) -> None:
-        """Multiply by a ratio at a Relu; see `kernels.cpu`."""
+    def multiply(self, step: Step, value: str, mode: int, eps: float) -> None:
+        """Multiply by a ratio of the value's activations at a Relu; see `kernels.cpu`."""
 
     def convolution(self, step: Step) -> bool:
         if not scatters(step, self.batch):

@@ -160,6 +160,20 @@ def test_a_batch_does_not_change_a_bit(
 
 
 @nets
+def test_a_dense_product_for_each_sample_does_not_change_a_bit(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large results have."""
+    monkeypatch.setattr(lowering, "DENSITY", 0.0)
+    method = METHODS["saliency"]
+    plan = plan_of(net, method, 3)
+    x = net.images(plan.graph.batch)
+    together = walk_back(plan, x, method)
+    monkeypatch.setattr(compiled, "_ALONE", 0)
+    np.testing.assert_array_equal(walk_back(plan, x, method), together)
+
+
+@nets
 @densities
 def test_memory_is_used_again(net: Net, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many calls of one backend, whose results stay what they were."""

@@ -613,7 +613,7 @@ def _applied(
     graph = walk.program.plan.graph
     constants = constants_as(graph.constants, np.dtype(np.float32))
     known = {**constants, **forward.values}
-    if step.node.op == "Clip":  # the kernel sees a only, which is z wherever the slope is not 0
+    if step.node.op in ("Clip", "Relu"):  # kernels may see a only: z wherever the slope is not 0
         known.setdefault(step.node.inputs[0], known.get(step.node.outputs[0], np.empty(0)))
     here, there = (
         {v: array.astype(dtype) if array.dtype.kind == "f" else array for v, array in found.items()}
