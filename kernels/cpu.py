@@ -469,7 +469,10 @@ def _list(op, member, members, arena, lists, barrier):
 
 @_inlined
 def _first_pixel(op, part, parts):
-    """Of a part of what is listed, which is the target of a pool; its lists begin there."""
+    """The first pixel of a part of what is listed: of the source, or of what a pool sees.
+
+    The part's runs are numbered from it on, its units from C times it on.
+    """
     if op[OP] == UNPOOL:
         return _share(op[S_H], part, parts)[0] * op[SH] * op[T_W]
     return _share(op[S_H] * op[S_W], part, parts)[0]
