@@ -59,7 +59,7 @@ FRACTION, TAU, EPS, CEILING, GUESS, FLOATS = range(6)
 PASS_ACTIVE, PASS_POSITIVE, PASS_BOTH, PASS_AR, PASS_ABS_AR, PASS_A_EPS_R = range(6)
 
 # What a gradient is multiplied by at a Relu: the ratio of its output to its input with ε added to
-# the latter away from 0, which is the same if the output is given for the input; or that of the
+# the latter away from 0, which is a / (a + ε), or 0 where the output a is; or the ratio of the
 # differences of both from those at a baseline.
 BY_EPSILON, BY_DIFFERENCE = range(2)
 
@@ -1071,7 +1071,10 @@ def _mark_reached(op, touched, lists):
 
 @_kernel
 def _ratio(op, floats, arena, touched, active, first, last):
-    """Multiply a sheet by a ratio at a Relu, of which the activations are the inputs."""
+    """Multiply a sheet by a ratio at a Relu.
+
+    The activations are its inputs, and those at a baseline; of BY_EPSILON, its outputs.
+    """
     width, eps = op[S_C], np.float32(floats[EPS])
     together = width if op[A_STEP] == 1 and op[B_STEP] <= 1 else simd.LANES
     for p in range(first, last):
@@ -1082,18 +1085,18 @@ def _ratio(op, floats, arena, touched, active, first, last):
         for c in range(0, width, together):
             n = min(together, width - c)
             r, at = arena[row + c : row + c + n], where + c * op[A_STEP]
-            z = active[at : at + n]
+            a = active[at : at + n]
             if op[MODE] == BY_EPSILON:
-                _by_epsilon(r, z, eps)
+                _by_epsilon(r, a, eps)
             else:
                 at = there + c * op[B_STEP]
-                _by_difference(r, z, active[at : at + n], eps)
+                _by_difference(r, a, active[at : at + n], eps)
 
 
 @_inlined
-def _by_epsilon(r, z, eps):
+def _by_epsilon(r, a, eps):
     for c in range(r.size):
-        r[c] = r[c] * _relu(z[c]) / (z[c] + (eps if z[c] >= 0 else -eps))
+        r[c] = r[c] * a[c] / (a[c] + eps) if a[c] != 0 else np.float32(0)
 
 
 @_inlined

@@ -534,7 +534,9 @@ def _on_border(p, height, width):
 def ratio(
     arena, base, stride, active, a_base, b_base, b_stride, units, mode, eps, to, to_stride, adds
 ):  # fmt: skip
-    """A gradient times a ratio at a Relu, of which the activations are the inputs.
+    """A gradient times a ratio at a Relu.
+
+    The activations are its inputs, and those at a baseline; of BY_EPSILON, its outputs.
 
     Parameters
     ----------
@@ -545,7 +547,7 @@ def ratio(
     for u in range(_first(), units, _step()):
         r, z = arena[base + sample * stride + u], active[a_base + sample * units + u]
         if mode == BY_EPSILON:
-            r = r * _relu(z) / (z + (eps if z >= 0 else -eps))
+            r = r * z / (z + eps) if z != 0 else np.float32(0)
         else:
             z0 = active[b_base + sample * b_stride + u]
             dz, da = z - z0, _relu(z) - _relu(z0)

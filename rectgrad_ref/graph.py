@@ -321,7 +321,9 @@ class _Builder:
         if not key(proto):
             return  # nothing comes of it
         self._infer(proto)
-        node = self._with_output_shapes(self._modernise(proto))
+        node = self._modernise(proto)
+        self._ignore_windows(node)
+        node = self._with_output_shapes(node)
         array = self._fold(node)
         if array is None:
             self._measure(node)
@@ -426,6 +428,24 @@ class _Builder:
 
     def _with_output_shapes(self, node: Node) -> Node:
         return replace(node, output_shapes=tuple(self._shape(v) or () for v in node.outputs))
+
+    def _ignore_windows(self, node: Node) -> None:
+        """Of ``ceil_mode``, the windows that begin behind the image.
+
+        Pooling operators ignore them (ONNX), but onnx's inference counts them in older opsets.
+        """
+        shapes = [self._shape(value) for value in (*node.inputs[:1], *node.outputs[:1])]
+        if not node.attributes.get("ceil_mode") or None in shapes:
+            return
+        before, after = (shape for shape in shapes if shape is not None)
+        # Window o begins at o · stride, the image at its pad.
+        most = (
+            -(-(n + pad) // stride)
+            for n, pad, stride in zip(before[2:], node["pads"], node["strides"], strict=False)
+        )
+        shape = (*after[:2], *map(min, after[2:], most))
+        for value in filter(None, node.outputs):
+            self.types[value] = _tensor_type(self._dtype(value) or np.dtype(np.float32), shape)
 
     def _measure(self, node: Node) -> None:
         """Shapes that onnx leaves open although constants decide them, from a trial on zeros."""

@@ -115,7 +115,10 @@ class CompiledRunner(LoweredRunner[Program, Memory]):
 
 
 def _turns(samples: int, fitting: int, threads: int) -> Iterator[slice]:
-    """Groups of at most `fitting` samples, in rounds that get smaller, so that all end together."""
+    """Groups of at most `fitting` samples, in rounds that get smaller, so that all end together.
+
+    A round takes half of what is left to each thread, but so many samples as fill a group.
+    """
     first = 0
     while first < samples:
         fair = -(-(samples - first) // threads)

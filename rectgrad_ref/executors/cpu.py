@@ -334,8 +334,9 @@ class TableLowering(Lowering[Sheet, Program]):
         source, target = self.incoming(pool), self.sheets[z]
         window = _window(node, self.extents(value)) | {k.C_LAST: target.channels}
         zeros = target.pixels * target.channels - source.pixels * source.channels
-        # Where the maxima lie, and whether on the border, is seen later.
         limit = _limit(target, linear) | {k.BORDER: 0, k.ZEROS: zeros}
+        if masks_border(linear):
+            limit[k.DENSE] = NEVER  # the scatter decides, which sees what lies on the border
         self._emit_activation(node.outputs[0], condition, limit)
         reads = self.reads(value) | self.reads(node.outputs[0], _READING[1])
         self.emit(k.UNPOOL, source.source, target.target, window, reads)
@@ -380,7 +381,10 @@ class TableLowering(Lowering[Sheet, Program]):
 
 
 def _are_apart(pool: Node) -> bool:
-    """Whether the windows of a pool do not overlap, and each begins at a cell of its own."""
+    """Whether the windows of a pool do not overlap, and each begins at a cell of its own.
+
+    Pads at the end do not matter.
+    """
     window = Window.of(pool)
     axes = zip(
         window.input, window.output, window.kernel_shape, window.strides, window.dilations,

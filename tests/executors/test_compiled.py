@@ -42,7 +42,7 @@ from rectgrad_ref.executors.runner import StepwiseRunner
 from rectgrad_ref.forward import NumpyForward, OnnxruntimeForward, Places
 from rectgrad_ref.graph import Graph, freeze, input_spec
 from rectgrad_ref.images import prepare
-from rectgrad_ref.methods import Method
+from rectgrad_ref.methods import Method, make_method
 from rectgrad_ref.model import read_model
 from rectgrad_ref.plan import Plan, make_plan
 
@@ -124,6 +124,31 @@ def test_a_trace_does_not_change_a_bit(
     np.testing.assert_array_equal(
         walk_back(plan, x, method), walk_back(plan, x, method, trace=True)
     )
+
+
+MOSTLY_BORDER = Net(
+    (3, 8, 8),
+    """
+    c = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w1)
+    r = Relu(c)
+    p = MaxPool<kernel_shape=[2,1], strides=[2,1]>(r)
+    f = Flatten(p)
+    y = Gemm<transB=1>(f, w2)
+    """,
+    {"w1": (16, 3, 3, 3), "w2": (10, 128)},
+)
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.001, -1.0])
+def test_maxima_on_the_border_do_not_count(tau: float) -> None:
+    """With the padding trick, a trace and a map take one way: by how many lie inside."""
+    method = make_method("rectgrad", tau=tau, propagation_rule="PR2")
+    plan = plan_of(MOSTLY_BORDER, method)
+    for seed in range(5):
+        x = MOSTLY_BORDER.images(plan.graph.batch, seed)
+        np.testing.assert_array_equal(
+            walk_back(plan, x, method), walk_back(plan, x, method, trace=True)
+        )
 
 
 class Picked(OnNumpy):

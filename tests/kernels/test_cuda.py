@@ -387,17 +387,17 @@ def test_ratios(shared: bool) -> None:
     z[:, :3] = z0[:, :3]
     z[:, 3] = 0
     z0 = z0[:1] if shared else z0
-    active = np.concatenate([z.ravel(), z0.ravel()])
     a, a0 = np.maximum(z, 0), np.maximum(z0, 0)
     eps = f32(0.01)
     large = np.abs(z - z0) > eps
     by_difference = np.where(large, (a - a0) / np.where(large, z - z0, 1), (z + z0) / 2 > 0)
     expected = {
-        BY_EPSILON: R * a / (z + np.where(z >= 0, eps, -eps)),
+        BY_EPSILON: R * a / (a + eps),
         BY_DIFFERENCE: R * by_difference.astype(np.float32),
     }
     for mode, result in expected.items():
         arena = Arena()
+        active = np.concatenate([(a if mode == BY_EPSILON else z).ravel(), z0.ravel()])
         source, target = arena.put(R), arena.room(R.shape)
         launch(
             k.ratio, (SAMPLES, 2), (THREADS,), arena.floats, *source, active, 0, z.size,

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from helpers import Case, check_vjp, generators, gradient, reach, rule_tests, spread, windows
+import pytest
+from helpers import (
+    NEWEST,
+    Case,
+    check_forward,
+    check_vjp,
+    generators,
+    gradient,
+    reach,
+    rule_tests,
+    spread,
+    windows,
+)
 from hypothesis import strategies as st
 
 from rectgrad_ref.forward import NumpyForward
@@ -35,6 +49,26 @@ CASES = {
 }
 
 test_vjp, test_forward = rule_tests(CASES)
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool", "LpPool"])
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"kernel_shape": [2, 2], "strides": [3, 3]},
+        {"kernel_shape": [1, 2], "strides": [2, 5], "pads": [0, 1, 0, 1]},
+        {"kernel_shape": [3, 3], "strides": [2, 4], "pads": [1, 0, 2, 2]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("extent", range(4, 10))
+@pytest.mark.parametrize("opset", [18, NEWEST])
+def test_windows_that_begin_behind_the_image_are_ignored(
+    opset: int, extent: int, window: dict[str, Any], op: str
+) -> None:
+    """By ONNX's definition and onnxruntime; onnx's shape inference of older opsets counts them."""
+    X = spread(np.random.default_rng(0), 1, 2, extent, extent + 1)
+    check_forward(Case(op, (X,), {**window, "ceil_mode": 1}, opset=opset))
 
 
 def test_a_global_norm_is_that_of_one_window() -> None:
